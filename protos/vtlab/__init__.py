@@ -1,0 +1,1 @@
+"""What every party of the laboratory must agree on: the contract, architecture numbers, errors, channels, the client."""

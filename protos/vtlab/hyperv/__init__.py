@@ -1,0 +1,1 @@
+"""Hyper-V numbers and layouts, named as in the TLFS."""
