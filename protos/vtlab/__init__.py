@@ -1,1 +1,1 @@
-"""What every party of the laboratory must agree on: the contract, architecture numbers, errors, channels, the client."""
+"""What all parties of the laboratory agree on: the contract, architecture numbers, errors, channels, the client."""

@@ -1,9 +1,9 @@
 """Guest RAM as files of whole pages.
 
 A machine has three files of the same size, addressed by guest-physical address: `ram.rw` (pages that VTL0 may write),
-`ram.ro` (pages sealed against VTL0) and `private` (pages of VTL1). The nested table of a level chooses the file for each
-page, so a level can touch only what it could open: the guest process opens `ram.rw` read-write and `ram.ro` read-only,
-and never opens `private` (docs/architecture.md, "Memory").
+`ram.ro` (pages sealed against VTL0) and `private` (pages of VTL1). The nested table of a level chooses the file for
+each page, so a level can touch only what it could open: the guest process opens `ram.rw` read-write and `ram.ro`
+read-only, and never opens `private` (docs/architecture.md, "Memory").
 """
 
 from __future__ import annotations
@@ -87,5 +87,7 @@ class Ram:
     def __enter__(self) -> Ram:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,8 +1,8 @@
 """Services that VTL1's policy personality offers to VTL0 by VTL call.
 
 The kernel calls through the hypercall page with RDI = service, RSI, RDX, R8 = arguments; the result is a signed 64-bit
-value in R8, negative for an errno, as in LVBS (litebox_platform_lvbs/src/mshv/vsm.rs, lvbs-linux hv_vsm.c). Numbers from
-0x1FFE0 are those of LVBS; those from 0x1FF00 are ours, for what LVBS has no service for.
+value in R8, negative for an errno, as in LVBS (litebox_platform_lvbs/src/mshv/vsm.rs, lvbs-linux hv_vsm.c). Numbers
+from 0x1FFE0 are those of LVBS; those from 0x1FF00 are ours, for what LVBS has no service for.
 """
 
 from enum import IntEnum

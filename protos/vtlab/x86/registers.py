@@ -1,4 +1,7 @@
-"""Control-register and MSR numbers. Sources: Intel SDM volume 3, section 2.5 and volume 4; AMD APM volume 2, chapter 3."""
+"""Control-register and MSR numbers.
+
+Sources: Intel SDM volume 3, section 2.5 and volume 4; AMD APM volume 2, chapter 3.
+"""
 
 from enum import IntEnum, IntFlag
 
