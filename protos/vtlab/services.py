@@ -1,34 +1,130 @@
-"""Services that VTL1's policy personality offers to VTL0 by VTL call.
+"""Services that VTL1's policy personality offers to VTL0 by VTL call: numbers and memory layouts.
 
-The kernel calls through the hypercall page with RDI = service, RSI, RDX, R8 = arguments; the result is a signed 64-bit
-value in R8, negative for an errno, as in LVBS (litebox_platform_lvbs/src/mshv/vsm.rs, lvbs-linux hv_vsm.c). Numbers
-from 0x1FFE0 are those of LVBS; those from 0x1FF00 are ours, for what LVBS has no service for.
+The kernel calls through the hypercall page with RDI = service and RSI, RDX, R8 = arguments; the result is a signed
+64-bit value in R8: 0 or positive for success, a negated Linux errno for a refusal, as in LVBS
+(litebox_platform_lvbs/src/mshv/vsm.rs, lvbs-linux hv_vsm.c). Numbers from 0x1FFE0 are those of LVBS; those from 0x1FF00
+are ours, for what LVBS has no service for. docs/policy.md has the same as tables, with the refusals of each service.
+
+All addresses are guest-physical, all fields little-endian. VTL1 reads each argument structure exactly once.
 """
 
 from enum import IntEnum
+from struct import Struct
 
 
 class Service(IntEnum):
-    """Service number, as in RDI."""
+    """Service number, as in RDI. Arguments in the order RSI, RDX, R8."""
 
     TAKE_POLICY = 0x1FF00
-    """(pa, size): the policy text of the guest, in its own memory. Measures the kernel and applies the memory rules."""
+    """(pa, size): the policy text of the guest, in its own memory, any alignment, at most MAX_POLICY_SIZE bytes.
+    Resolves it against the boot image, seals memory, measures what was sealed against the image. Once only."""
     WRITE_PAGE_TABLE = 0x1FF01
-    """(pa of the entry, value): one entry of a page table that only VTL1 may write."""
+    """(pa, value, operation): see PageTableOperation."""
     WRITE_CONTROL_REGISTER = 0x1FF02
     """(0 or 4, value): for kernels whose own code for it was removed; judged like the write itself."""
     CHALLENGE = 0x1FF03
-    """(pa of 32 bytes): VTL1 writes a fresh nonce there."""
+    """(pa of NONCE_SIZE bytes): VTL1 writes a fresh nonce there; it replaces the one before."""
     AUTHENTICATE = 0x1FF04
-    """(pa of the request, size): proves, against the last nonce, the right to a named action after lock."""
+    """(pa, size): an AUTHENTICATE_REQUEST that answers the last nonce; grants the named action once."""
     PING = 0x1FF05
     """(): no-op that returns 0; for measuring a VTL call."""
 
     LOCK_REGS = 0x1FFE2
+    """(): on each vCPU. From here the policy's pins on registers, tables and MSRs hold on it."""
     SIGNAL_END_OF_BOOT = 0x1FFE3
+    """(): applies rules with `when: end_of_boot` and ends the boot-only services."""
     PROTECT_MEMORY = 0x1FFE4
+    """(pa of a HEKI_PAGE, number of ranges): attributes are Rights. Boot only; can only tighten the policy."""
     LOAD_KDATA = 0x1FFE5
+    """(pa of a HEKI_PAGE, number of ranges): attributes are KdataType. Boot only; only from sealed, measured memory."""
     VALIDATE_MODULE = 0x1FFE6
+    """(pa of a HEKI_PAGE, number of ranges, flags = 0): attributes are ModuleType. Returns a token above 0."""
     FREE_MODULE_INIT = 0x1FFE7
+    """(token): init sections become ordinary memory, ro_after_init becomes read-only."""
     UNLOAD_MODULE = 0x1FFE8
+    """(token): all memory of the module becomes ordinary memory."""
     PATCH_TEXT = 0x1FFEB
+    """(pa of a HEKI_PATCH, pa of the page its rest is in or 0): writes one listed patch into sealed text."""
+
+
+BOOT_ONLY = frozenset(
+    {Service.TAKE_POLICY, Service.LOCK_REGS, Service.SIGNAL_END_OF_BOOT, Service.PROTECT_MEMORY, Service.LOAD_KDATA}
+)
+"""Refused with -EPERM once SIGNAL_END_OF_BOOT succeeded."""
+
+MAX_POLICY_SIZE = 64 << 10
+"""Bytes of policy text."""
+MAX_MODULE_SIZE = 64 << 20
+"""Bytes of a module's ELF file, signature included (as in LVBS)."""
+MAX_RANGES = 4096
+"""Ranges in one chain of HEKI_PAGEs."""
+NONCE_SIZE = 32
+
+HEKI_PAGE = Struct("<QQQ")
+"""Head of a page-aligned 4 KiB page: next (a pointer of the guest, ignored), next_pa (0 ends the chain), nranges.
+At most HEKI_PAGE_RANGES of HEKI_RANGE follow at once; the second argument of the call is the sum over the chain."""
+HEKI_RANGE = Struct("<QQQQ")
+"""va, pa, epa (first byte after the range), attributes."""
+HEKI_PAGE_RANGES = 127
+
+HEKI_PATCH = Struct("<QQB5s2x")
+"""pa[0]: first byte of the target; pa[1]: the target's next page where the patch crosses into it, else 0; size in
+bytes, 1 to 5; code, `size` bytes of it used; two bytes of padding. 24 bytes."""
+PATCH_RECORD = Struct("<QQB5s2x")
+"""One entry of a precomputed patch list (policy `patches.section`, or LOAD_KDATA type PATCH_INFO): linked virtual
+address of the target, 0, size 1 to 5, replacement code. 24 bytes; records of zeros are skipped."""
+
+ACTION_NAME_SIZE = 32
+AUTHENTICATE_REQUEST = Struct("<32s64s")
+"""Name of the action padded with NULs; Ed25519 signature by the action's key of
+AUTHENTICATE_CONTEXT + nonce (32 bytes) + the padded name. 96 bytes."""
+AUTHENTICATE_CONTEXT = b"vtlab authenticate v1\0"
+
+
+class PageTableOperation(IntEnum):
+    """Third argument (R8) of WRITE_PAGE_TABLE."""
+
+    WRITE = 0
+    """pa: of one 8-byte entry in a guarded table page; value: its new content. An entry that refers to a table page not
+    guarded yet makes VTL1 seal and validate that page, and those below it, first."""
+    ADD_ROOT = 1
+    """pa: of a page-table root (4 KiB) that VTL0 wants to load into CR3; value: 0. It is sealed and validated."""
+    RELEASE = 2
+    """pa: of a guarded table page that no guarded table refers to any more; value: 0. It becomes ordinary memory."""
+
+
+class Rights(IntEnum):
+    """Attribute bits of PROTECT_MEMORY."""
+
+    READ = 1
+    WRITE = 2
+    EXECUTE = 4
+
+
+class KdataType(IntEnum):
+    """Attributes of LOAD_KDATA that are taken; others are refused with -ENOTSUP (95)."""
+
+    SYSTEM_CERTIFICATES = 0
+    REVOCATION_CERTIFICATES = 1
+    PATCH_INFO = 5
+
+
+class ModuleType(IntEnum):
+    """Attributes of VALIDATE_MODULE. Ranges of one type are taken together, in the order given."""
+
+    TEXT = 0
+    DATA = 1
+    RODATA = 2
+    RO_AFTER_INIT = 3
+    INIT_TEXT = 4
+    INIT_DATA = 5
+    INIT_RODATA = 6
+    ELF = 7
+
+
+MODULE_SIGNATURE_MAGIC = b"~Module signature appended~\n"
+MODULE_SIGNATURE = Struct(">BBBBB3xI")
+"""Between the signature and the magic, at the end of a module file (Linux include/linux/module_signature.h): algo,
+hash, id_type, signer_len, key_id_len, three bytes of padding, length of the signature. id_type 2 is PKCS#7; all other
+fields but the length are then 0."""
+PKEY_ID_PKCS7 = 2
