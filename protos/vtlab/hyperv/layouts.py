@@ -49,7 +49,7 @@ VP_HEADER_SIZE: Final = 16
 
 
 class ModifyProtectionHeader(NamedTuple):
-    """HvCallModifyVtlProtectionMask: partition u64@0, map_flags u32@8, HV_INPUT_VTL u8@12, reserved 3; then u64 pages."""
+    """HvCallModifyVtlProtectionMask: partition u64@0, map_flags u32@8, HV_INPUT_VTL u8@12; u64 pages @16."""
 
     partition: int
     map_flags: int

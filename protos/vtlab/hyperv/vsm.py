@@ -23,9 +23,7 @@ class MapGpaFlags(IntFlag):
     ADJUSTABLE = 1 << 15
 
 
-FULL_ACCESS = (
-    MapGpaFlags.READABLE | MapGpaFlags.WRITABLE | MapGpaFlags.KERNEL_EXECUTABLE | MapGpaFlags.USER_EXECUTABLE
-)
+FULL_ACCESS = MapGpaFlags.READABLE | MapGpaFlags.WRITABLE | MapGpaFlags.KERNEL_EXECUTABLE | MapGpaFlags.USER_EXECUTABLE
 
 
 class EnablePartitionVtlFlags(IntFlag):
