@@ -1,0 +1,246 @@
+"""Servers and channels: mutual TLS everywhere, one gate, bounded waits.
+
+An address is `unix:/path` or `HOST:PORT`, where HOST is a loopback address unless the configuration allows others and
+port 0 asks for any free one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import grpc
+import tenacity
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
+from vtlab.process import termination
+from vtlab.status import from_rpc_error
+from vtlab.trust.certificates import load_credentials, server_name
+from vtlab.trust.interceptor import Gate
+from vtlab.trust.roles import Role
+
+MAX_MESSAGE = 4 << 20  # bytes; the largest legal message is 1 MiB of memory or image with its envelope
+
+# `grpc.minimal_stack` would save a tenth of a round trip, but takes the limits on message sizes away, and each of our
+# processes has a peer that it does not trust.
+_LIMITS = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
+_SERVER_OPTIONS = [*_LIMITS, ("grpc.so_reuseport", 0), ("grpc.max_metadata_size", 16 << 10)]
+_CHANNEL_OPTIONS = [
+    *_LIMITS,
+    ("grpc.enable_retries", 0),  # an RPC that changes state is repeated by who knows what it means, or not at all
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Ready(Protocol):
+    """Where a server reports its bound addresses: the sending end of a multiprocess pipe, for example."""
+
+    def send(self, obj: Any, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """All that a server process is told.
+
+    Attributes:
+        listen: addresses to serve on.
+        trust: folder with ca.pem, ROLE.pem and ROLE.key, or a whole trust folder.
+        role: who this server is.
+        state: folder for what it keeps while it runs; for the VMM also the memory files.
+        ready: gets the tuple of bound addresses once the server answers.
+        guest, monitor: for the VMM, where the two levels are served.
+        rules: for the monitor, rules in Python that the launcher shipped.
+        allow_any_address: permits listening beyond loopback, for a network of containers only.
+        workers: calls served at once, streams included; more are refused with RESOURCE_EXHAUSTED.
+    """
+
+    listen: tuple[str, ...]
+    trust: Path
+    role: str
+    state: Path
+    ready: Ready | None = None
+    guest: str = ""
+    monitor: str = ""
+    rules: Any = None
+    allow_any_address: bool = False
+    workers: int = 128
+
+
+class BoundServer:
+    """A server that answers.
+
+    Attributes:
+        addresses: where, in the order of the configuration, with the ports that were chosen.
+    """
+
+    def __init__(self, server: grpc.Server, health_servicer: health.HealthServicer, addresses: tuple[str, ...]) -> None:
+        self._server = server
+        self._health = health_servicer
+        self.addresses = addresses
+
+    def wait(self, grace: float = 1.0) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. To be called in the main thread."""
+        termination().wait()
+        self.stop(grace)
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Takes no new calls, gives those in progress `grace` seconds, and ends."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait()
+
+
+class _Recorder:
+    """Stands in for the server while services are added, and notes their names for health and reflection."""
+
+    def __init__(self, server: grpc.Server) -> None:
+        self._server = server
+        self.services: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+        self.services += [h.service_name() for h in handlers if isinstance(h, grpc.ServiceRpcHandler)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+
+def check_address(address: str, allow_any: bool = False) -> None:
+    """Raises BadArgument unless a server may listen there."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        if not path.startswith("/"):
+            raise BadArgument(f"address {address!r}", "a Unix socket needs an absolute path, unix:/path")
+        if len(path.encode()) > 107:
+            raise BadArgument(f"address {address!r}", "the path of a Unix socket has at most 107 bytes")
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 0xFFFF:
+        raise BadArgument(f"address {address!r}", "expected unix:/path or HOST:PORT")
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not allow_any:
+        raise BadArgument(
+            f"address {address!r}", "is not on loopback; allow it explicitly inside a private network only"
+        )
+
+
+def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> BoundServer:
+    """Starts a server with mutual TLS, the gate, health and reflection.
+
+    Args:
+        config: its `ready` gets the bound addresses when all is up.
+        register: adds the services, as the generated add_…_to_server do.
+
+    Raises:
+        BadArgument: an address is malformed, taken, or not on loopback.
+        PeerUnavailable: no credentials in the trust folder.
+    """
+    for address in config.listen:
+        check_address(address, config.allow_any_address)
+    role = Role(config.role)
+    server = grpc.server(
+        ThreadPoolExecutor(config.workers, thread_name_prefix=role),
+        interceptors=[Gate(role)],
+        options=_SERVER_OPTIONS,
+        maximum_concurrent_rpcs=config.workers,
+    )
+    recorder = _Recorder(server)
+    register(cast(grpc.Server, recorder))
+    health_servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*recorder.services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+    own = load_credentials(config.trust, role)
+    credentials = grpc.ssl_server_credentials(
+        [(own.key, own.certificate)], root_certificates=own.authority, require_client_auth=True
+    )
+    addresses = tuple(_bind(server, address, credentials) for address in config.listen)
+    server.start()
+    for service in ("", *recorder.services):
+        health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    if config.ready is not None:
+        config.ready.send(addresses)
+    return BoundServer(server, health_servicer, addresses)
+
+
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials) -> str:
+    try:
+        port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        raise BadArgument(f"address {address!r}", "cannot be bound: taken, or not of this machine") from None
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def dial(address: str, trust: Path, role: Role | str, peer: Role | str, timeout: float = 10.0) -> grpc.Channel:
+    """A channel to a server that has answered a health check.
+
+    Args:
+        address: where it listens.
+        trust: see ServerConfig.
+        role: who we are.
+        peer: who must be there; a server with another role's certificate is not spoken to.
+        timeout: seconds to wait for it to come up; attempts are spread with jitter.
+
+    Raises:
+        PeerUnavailable: nobody answered, or somebody else did.
+    """
+    own = load_credentials(trust, role)
+    credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
+    options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name(peer))]
+    channel = grpc.secure_channel(address, credentials, options=options)
+    name = f"{peer} at {address}"
+    try:
+        _await_health(channel, name, timeout)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _await_health(channel: grpc.Channel, name: str, timeout: float) -> None:
+    check = cast(Any, health_pb2_grpc.HealthStub(channel)).Check
+    attempts = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(timeout),
+        wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.25),
+        retry=tenacity.retry_if_exception_type(PeerUnavailable),
+        reraise=True,
+    )
+    try:
+        attempts(_check_once, check, name, min(timeout, 2.0))
+    except PeerUnavailable as error:
+        raise PeerUnavailable(name, f"no answer in {timeout:g} s: {_short(error.detail)}") from None
+
+
+def _check_once(check: Callable[..., health_pb2.HealthCheckResponse], name: str, timeout: float) -> None:
+    try:
+        answer = check(health_pb2.HealthCheckRequest(), timeout=timeout)
+    except grpc.RpcError as error:
+        failure = from_rpc_error(error, name)
+        if isinstance(failure, PermissionDenied):
+            raise failure from None
+        raise PeerUnavailable(name, failure.detail) from None
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise PeerUnavailable(name, "is shutting down")
+
+
+def _short(detail: str) -> str:
+    """The cause at the end of gRPC's own text, which repeats the address and nests what it says."""
+    known = {
+        "No such file or directory": "no such socket",
+        "Connection refused": "connection refused",
+        "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this laboratory",
+        "Hostname Verification Check failed": "its certificate is for another role",
+        "peer cert": "its certificate is for another role",
+    }
+    return next((text for mark, text in known.items() if mark in detail), detail.rpartition(": ")[2] or detail)

@@ -1,0 +1,100 @@
+"""The gate of every server: who calls, whether the table lets them, and errors as statuses.
+
+The role comes from the certificate that TLS verified, never from what the caller says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import grpc
+
+from vtlab.errors import InternalError, PermissionDenied, VtlabError
+from vtlab.status import abort
+from vtlab.trust.certificates import URI_PREFIX
+from vtlab.trust.roles import Role, may_call
+
+_log = logging.getLogger(__name__)
+
+
+def role_of_peer(auth_context: Mapping[str, Iterable[bytes]]) -> Role | None:
+    """The role that the verified certificate names; None unless it names exactly one that we know."""
+    names = {uri.decode("utf-8", "replace") for uri in auth_context.get("peer_uri", ())}
+    roles = {name.removeprefix(URI_PREFIX) for name in names if name.startswith(URI_PREFIX)}
+    if len(roles) != 1:
+        return None
+    try:
+        return Role(roles.pop())
+    except ValueError:
+        return None
+
+
+class Gate(grpc.ServerInterceptor):
+    """Wraps every handler of a server."""
+
+    def __init__(self, server: Role) -> None:
+        self._server = server
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        rpc = handler_call_details.method.removeprefix("/")
+        behaviour, make = _SHAPES[handler.request_streaming, handler.response_streaming]
+        guard = self._stream if handler.response_streaming else self._unary
+        return make(
+            guard(rpc, getattr(handler, behaviour)),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _authorise(self, rpc: str, context: grpc.ServicerContext) -> None:
+        caller = role_of_peer(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))
+        if not may_call(rpc, caller, self._server):
+            raise PermissionDenied(f"role {caller or 'unknown'}", f"may not call {rpc} of the {self._server}")
+
+    def _unary(self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+        def call(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                self._authorise(rpc, context)
+                return behaviour(request, context)
+            except Exception as error:
+                self._fail(rpc, context, error)
+                raise
+
+        return call
+
+    def _stream(self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            try:
+                self._authorise(rpc, context)
+                yield from behaviour(request, context)
+            except Exception as error:
+                self._fail(rpc, context, error)
+                raise
+
+        return call
+
+    def _fail(self, rpc: str, context: Any, error: Exception) -> None:
+        """Ends the call with the error, unless the handler had ended it itself or the caller is gone."""
+        if context.code() is not None or not context.is_active():
+            return
+        if isinstance(error, VtlabError):
+            abort(context, error)
+        _log.error("%s failed", rpc, exc_info=error)
+        abort(context, InternalError(f"{self._server}: {rpc}", f"{type(error).__name__}: {error}"))
+
+
+# (request streaming, response streaming) -> name of the handler's function, what makes such a handler
+_SHAPES: dict[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler[Any, Any]]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
