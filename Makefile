@@ -10,7 +10,7 @@ TESTS  ?= tests
 PYTEST_OPTIONS ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format protos check-protos bench kernel lock up down clean
+.PHONY: help setup demo test check lint format protos check-protos bench kernel lock wheels up clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,11 @@ lock:  ## requirements.lock from the floors in pyproject.toml, in a fresh enviro
 	@{ echo '# Every package that `make setup` installs. Written by `make lock`.'; \
 	  $(PYTHON) -m pip --python build/lock/bin/python freeze --all --exclude vtlab --exclude pip; } > requirements.lock
 	rm -rf build/lock
+
+wheels: $(BIN)/python  ## what the container image installs, for a build without a network
+	rm -rf wheels
+	$(PYTHON) -m pip wheel --quiet --wheel-dir wheels --prefer-binary --constraint requirements.lock . setuptools
+	rm -f wheels/vtlab-*.whl
 
 clean:  ## everything that can be made again
 	rm -rf $(VENV) build dist wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

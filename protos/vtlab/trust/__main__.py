@@ -15,7 +15,7 @@ from vtlab.trust.roles import Role
 
 
 def hand_out(folder: Path, destination: Path) -> None:
-    """Copies ROLE/* of a trust folder to each DESTINATION/ROLE that exists; files become 0640, of the folder's group."""
+    """Copies ROLE/* of a trust folder to each DESTINATION/ROLE that exists; files are 0640, of the folder's group."""
     for role in Role:
         if not (destination / role).is_dir():
             continue
@@ -28,9 +28,13 @@ def hand_out(folder: Path, destination: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m vtlab.trust", description="Makes the certificates of a laboratory.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vtlab.trust", description="Makes the certificates of a laboratory."
+    )
     parser.add_argument("folder", type=Path, help="trust folder, made if missing")
-    parser.add_argument("--hand-out", type=Path, metavar="DESTINATION", help="copy each role's part to DESTINATION/ROLE")
+    parser.add_argument(
+        "--hand-out", type=Path, metavar="DESTINATION", help="copy each role's part to DESTINATION/ROLE"
+    )
     arguments = parser.parse_args()
     folder = ensure_trust(arguments.folder)
     if arguments.hand_out:

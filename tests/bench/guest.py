@@ -1,0 +1,176 @@
+"""Machine code for the benchmarks: one flat image that also runs on a bare engine.
+
+The image starts in 32-bit protected mode, sets up its own GDT and 4-level page tables (identity, 1 GiB by 2 MiB pages,
+with a window of 4 KiB pages for memory traffic), goes to long mode, runs a body a number of rounds and stores the TSC
+ticks of each round. It ends by writing to the debug-exit port.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks
+
+LOAD = 0x10_0000
+LONG_OFFSET = 0x100  # of the 64-bit code
+TABLES_OFFSET = 0x1000  # PML4, PDPT, PD, then one page table for each 2 MiB of the window
+STACK = 0x9_0000
+RESULTS = 0x9_8000  # one 64-bit word a round
+WINDOW = 32 << 20  # guest-physical and virtual address of the 4 KiB pages
+WINDOW_SIZE = 16 << 20
+DEBUG_EXIT_PORT = 0xF4
+
+_LARGE = 2 << 20
+_PRESENT_WRITABLE_ACCESSED_DIRTY = 0x63
+_PAGE_SIZE_BIT = 0x80
+_GDT = struct.pack("<QQQ", 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)  # null, 64-bit code, data
+_GDT_OFFSET = 0xC0
+
+
+@dataclass(frozen=True)
+class FlatImage:
+    """A flat image and how to start it: in 32-bit protected mode at `entry`, loaded at `load_address`."""
+
+    data: bytes
+    rounds: int
+    load_address: int = LOAD
+    entry: int = LOAD
+
+
+def assemble(source: str, address: int, bits: int = 64) -> bytes:
+    """Machine code of Intel-syntax `source` at `address`. Raises keystone.KsError for what it cannot read."""
+    encoding, _ = Ks(KS_ARCH_X86, KS_MODE_64 if bits == 64 else KS_MODE_32).asm(source, address)
+    return bytes(encoding)
+
+
+def _page_tables() -> bytes:
+    base = LOAD + TABLES_OFFSET
+    windows = range(WINDOW // _LARGE, (WINDOW + WINDOW_SIZE) // _LARGE)
+    tables = {number: base + 0x3000 + index * 0x1000 for index, number in enumerate(windows)}
+    directory = [
+        (tables[number] | _PRESENT_WRITABLE_ACCESSED_DIRTY)
+        if number in tables
+        else number * _LARGE | _PAGE_SIZE_BIT | _PRESENT_WRITABLE_ACCESSED_DIRTY
+        for number in range(512)
+    ]
+    pages = [[base + 0x1000 | 0x63], [base + 0x2000 | 0x63], directory]
+    pages += [[number * _LARGE + i * 0x1000 | 0x63 for i in range(512)] for number in windows]
+    return b"".join(struct.pack(f"<{len(page)}Q", *page).ljust(0x1000, b"\0") for page in pages)
+
+
+def _start() -> bytes:
+    """32-bit code: to long mode, with write protection and no-execute on."""
+    code = assemble("cli", LOAD, 32)
+    code += b"\x0f\x01\x15" + struct.pack("<I", LOAD + _GDT_OFFSET - 8)  # lgdt [pointer]
+    code += assemble(
+        f"""mov eax, cr4
+        or eax, 0x20
+        mov cr4, eax
+        mov eax, {LOAD + TABLES_OFFSET}
+        mov cr3, eax
+        mov ecx, 0xC0000080
+        rdmsr
+        or eax, 0x900
+        wrmsr
+        mov eax, cr0
+        or eax, 0x80010001
+        mov cr0, eax""",
+        LOAD + len(code),
+        32,
+    )
+    return code + b"\xea" + struct.pack("<IH", LOAD + LONG_OFFSET, 8)  # jmp 8:long
+
+
+def build(body: str, rounds: int, prologue: str = "") -> FlatImage:
+    """An image that runs `body` (64-bit code; may use all registers but R13-R15 and RSP) `rounds` times.
+
+    `prologue` runs once before the first round.
+    """
+    long_code = assemble(
+        f"""mov ax, 0x10
+        mov ds, ax
+        mov es, ax
+        mov ss, ax
+        mov rsp, {STACK}
+        {prologue}
+        mov r15, {RESULTS}
+        mov r14, {rounds}
+        next_round:
+        rdtsc
+        shl rdx, 32
+        or rax, rdx
+        mov r13, rax
+        {body}
+        rdtsc
+        shl rdx, 32
+        or rax, rdx
+        sub rax, r13
+        mov [r15], rax
+        add r15, 8
+        dec r14
+        jnz next_round
+        xor eax, eax
+        out {DEBUG_EXIT_PORT}, al
+        end:
+        cli
+        hlt
+        jmp end""",
+        LOAD + LONG_OFFSET,
+    )
+    image = bytearray(_start().ljust(_GDT_OFFSET - 8, b"\0"))
+    image += struct.pack("<HI", len(_GDT) - 1, LOAD + _GDT_OFFSET).ljust(8, b"\0") + _GDT
+    image = image.ljust(LONG_OFFSET, b"\0") + long_code
+    if len(image) > TABLES_OFFSET:
+        raise ValueError(f"the code has {len(image)} bytes, more than {TABLES_OFFSET}")
+    return FlatImage(bytes(image.ljust(TABLES_OFFSET, b"\0") + _page_tables()), rounds)
+
+
+# Integer arithmetic, branches, calls and the stack; one page of code, one of data.
+COMPUTE = """
+mov rcx, 600000
+mov rax, 1
+mov rbx, 0x9E3779B97F4A7C15
+compute_loop:
+imul rax, rbx
+xor rax, rcx
+rol rax, 13
+test al, 1
+jz compute_even
+add rax, rcx
+compute_even:
+push rax
+call compute_leaf
+pop rdx
+add rax, rdx
+dec rcx
+jnz compute_loop
+jmp compute_done
+compute_leaf:
+lea rax, [rax + rax*2 + 7]
+ret
+compute_done:
+"""
+
+# Copies a quarter of the window, 8 bytes at a time, then touches every page of it in a scattered order.
+MEMORY = f"""
+mov rsi, {WINDOW}
+mov rdi, {WINDOW + WINDOW_SIZE // 2}
+mov rcx, {WINDOW_SIZE // 4 // 8}
+copy_loop:
+mov rax, [rsi]
+add rax, rcx
+mov [rdi], rax
+add rsi, 8
+add rdi, 8
+dec rcx
+jnz copy_loop
+mov rcx, {WINDOW_SIZE // 4096 * 4}
+xor ebx, ebx
+touch_loop:
+add rbx, {0x5A5 << 12 | 0x40}
+and rbx, {WINDOW_SIZE - 1}
+add qword ptr [rbx + {WINDOW}], 1
+dec rcx
+jnz touch_loop
+"""
