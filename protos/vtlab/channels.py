@@ -179,7 +179,12 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
         port = server.add_secure_port(address, credentials)
     except RuntimeError:
         raise BadArgument(f"address {address!r}", "cannot be bound: taken, or not of this machine") from None
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).chmod(
+            0o660
+        )  # who gets near it is decided by the folder, who gets in by TLS
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def dial(address: str, trust: Path, role: Role | str, peer: Role | str, timeout: float = 10.0) -> grpc.Channel:

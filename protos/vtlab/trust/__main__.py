@@ -1,45 +1,32 @@
-"""Makes the certificates of a laboratory: `python -m vtlab.trust FOLDER [--hand-out DESTINATION]`.
+"""`python -m vtlab.trust FOLDER [--hand-out OTHER]`: makes the certificates of a laboratory.
 
-With --hand-out each role's part is copied to DESTINATION/ROLE if that folder exists, readable by the folder's group:
-for containers, where every role has a uid of its own and a volume that no other role mounts.
+With --hand-out each role's part is also copied to OTHER/ROLE, for those roles whose folder is there already (a volume of
+its container); the copies are readable by the folder's group.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import sys
 from pathlib import Path
 
-from vtlab.trust.certificates import ensure_trust
-from vtlab.trust.roles import Role
+from vtlab.trust.certificates import ensure_trust, hand_out
 
 
-def hand_out(folder: Path, destination: Path) -> None:
-    """Copies ROLE/* of a trust folder to each DESTINATION/ROLE that exists; files are 0640, of the folder's group."""
-    for role in Role:
-        if not (destination / role).is_dir():
-            continue
-        for source in sorted((folder / role).iterdir()):
-            temporary = destination / role / f".{source.name}"
-            shutil.copyfile(source, temporary)
-            temporary.chmod(0o640)
-            temporary.replace(destination / role / source.name)
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vtlab.trust", description="Makes the certificates of a laboratory."
-    )
-    parser.add_argument("folder", type=Path, help="trust folder, made if missing")
-    parser.add_argument(
-        "--hand-out", type=Path, metavar="DESTINATION", help="copy each role's part to DESTINATION/ROLE"
-    )
-    arguments = parser.parse_args()
-    folder = ensure_trust(arguments.folder)
-    if arguments.hand_out:
-        hand_out(folder, arguments.hand_out)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hand-out", type=Path, metavar="OTHER")
+    given = parser.parse_args(arguments)
+    try:
+        ensure_trust(given.folder)
+        if given.hand_out is not None:
+            hand_out(given.folder, given.hand_out)
+    except OSError as error:
+        sys.stderr.write(f"{error.filename}: {error.strerror}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

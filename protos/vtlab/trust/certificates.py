@@ -72,6 +72,14 @@ def ensure_trust(folder: Path) -> Path:
     return folder
 
 
+def hand_out(folder: Path, target: Path) -> None:
+    """Copies each role's part to target/ROLE where that folder exists, readable by the folder's group (0640)."""
+    for role in Role:
+        if (target / role).is_dir():
+            for name in (f"{role}.key", f"{role}.pem", "ca.pem"):
+                _write(target / role / name, (folder / role / name).read_bytes(), 0o640)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -98,12 +106,13 @@ def _is_current(own: Path, role: Role, authority: bytes) -> bool:
     return all(p.exists() for p in paths) and paths[0].read_bytes() == authority and _is_fresh(own / f"{role}.pem")
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Puts the file there whole or not at all."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
         file.write(data)
     temporary.replace(path)
 

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from vtlab.channels import BoundServer, ServerConfig, dial, serve
 from vtlab.errors import BadArgument, InternalError, LimitExceeded, PeerUnavailable, PermissionDenied, WrongState
+from vtlab.health import main as health_main
 from vtlab.status import translated
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
@@ -224,3 +225,15 @@ def test_stopping_ends_open_streams(config: ServerConfig, trust: Path, tmp_path:
         server.stop(0.1)
         with pytest.raises((PeerUnavailable, WrongState)), translated("vmm"):
             next(stream)
+
+
+def test_health_of_oneself(
+    config: ServerConfig, trust: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"unix:{tmp_path}/s"
+    ask = [address, "guest", str(trust / "guest"), "--timeout", "0.3"]
+    assert health_main(ask) == 1
+    assert capsys.readouterr().err == f"guest at {address}: no answer in 0.3 s: no such socket\n"
+    server = serve(dataclasses.replace(config, role="guest", listen=(address,)), register)
+    assert health_main(ask) == 0
+    server.stop(0)

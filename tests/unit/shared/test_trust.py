@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from vtlab.errors import PeerUnavailable
 from vtlab.trust.certificates import ensure_trust, load_credentials
+from vtlab.trust.__main__ import main as trust_main
 from vtlab.trust.interceptor import role_of_peer
 from vtlab.trust.roles import OPEN_TO_ITSELF, RPC_ROLES, Role, may_call
 from vtlab.v1 import monitor_pb2, vcpu_pb2, vmm_pb2
@@ -124,3 +125,14 @@ def test_one_part_of_the_folder_is_enough(tmp_path: Path) -> None:
     assert load_credentials(tmp_path / "guest", "guest") == load_credentials(tmp_path, "guest")
     with pytest.raises(PeerUnavailable, match="no credentials for role vmm"):
         load_credentials(tmp_path / "guest", "vmm")
+
+
+def test_parts_are_handed_out_to_the_folders_that_wait_for_them(tmp_path: Path) -> None:
+    for role in ("guest", "vmm"):
+        (tmp_path / "out" / role).mkdir(parents=True)
+    for _ in range(2):
+        assert trust_main([str(tmp_path / "all"), "--hand-out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"guest", "vmm"}
+    assert {path.name for path in (tmp_path / "out" / "guest").iterdir()} == {"ca.pem", "guest.pem", "guest.key"}
+    assert stat.S_IMODE((tmp_path / "out" / "guest" / "guest.key").stat().st_mode) == 0o640
+    assert load_credentials(tmp_path / "out" / "guest", "guest") == load_credentials(tmp_path / "all", "guest")
