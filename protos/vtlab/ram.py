@@ -33,11 +33,17 @@ RIGHTS: dict[str, dict[RamFile, bool]] = {
 }
 
 
+# Where each role has a uid of its own, the VMM owns the files, the monitor is their group and the guest is among the
+# others; the folder above keeps everybody else away (the launcher's is 0700, deploy/compose.yaml mounts it nowhere else).
+MODES = {RamFile.WRITABLE: 0o666, RamFile.SEALED: 0o664, RamFile.PRIVATE: 0o660}
+
+
 def create_ram_files(directory: Path, size: int) -> None:
     """Creates the three files, zero-filled. Raises FileExistsError if the machine already has memory."""
     for file in RamFile:
         descriptor = os.open(directory / file.value, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
+            os.fchmod(descriptor, MODES[file])
             os.ftruncate(descriptor, size)
         finally:
             os.close(descriptor)

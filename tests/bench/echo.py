@@ -49,8 +49,8 @@ class EchoClient:
         self._channel = dial(server.address, trust, Role.VMM, server.role)
         self._message = bytes(message_size)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        call = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
-        self._incoming: Iterator[bytes] = call(iter(self._outgoing.get, None))
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        self._incoming = call(iter(self._outgoing.get, None))
 
     def round_trip(self) -> None:
         """Sends one message and waits for its answer."""

@@ -15,8 +15,10 @@ from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks
 LOAD = 0x10_0000
 LONG_OFFSET = 0x100  # of the 64-bit code
 TABLES_OFFSET = 0x1000  # PML4, PDPT, PD, then one page table for each 2 MiB of the window
+DATA = LOAD + 0x1_0000  # where the data of an image starts
 STACK = 0x9_0000
 RESULTS = 0x9_8000  # one 64-bit word a round
+STATUS = 0x9_7000  # 0, or what the prologue met that it did not expect
 WINDOW = 32 << 20  # guest-physical and virtual address of the 4 KiB pages
 WINDOW_SIZE = 16 << 20
 DEBUG_EXIT_PORT = 0xF4
@@ -82,10 +84,10 @@ def _start() -> bytes:
     return code + b"\xea" + struct.pack("<IH", LOAD + LONG_OFFSET, 8)  # jmp 8:long
 
 
-def build(body: str, rounds: int, prologue: str = "") -> FlatImage:
+def build(body: str, rounds: int, prologue: str = "", data: bytes = b"") -> FlatImage:
     """An image that runs `body` (64-bit code; may use all registers but R13-R15 and RSP) `rounds` times.
 
-    `prologue` runs once before the first round.
+    `prologue` runs once before the first round. `data` is loaded at DATA.
     """
     long_code = assemble(
         f"""mov ax, 0x10
@@ -110,6 +112,7 @@ def build(body: str, rounds: int, prologue: str = "") -> FlatImage:
         add r15, 8
         dec r14
         jnz next_round
+        finish:
         xor eax, eax
         out {DEBUG_EXIT_PORT}, al
         end:
@@ -123,7 +126,8 @@ def build(body: str, rounds: int, prologue: str = "") -> FlatImage:
     image = image.ljust(LONG_OFFSET, b"\0") + long_code
     if len(image) > TABLES_OFFSET:
         raise ValueError(f"the code has {len(image)} bytes, more than {TABLES_OFFSET}")
-    return FlatImage(bytes(image.ljust(TABLES_OFFSET, b"\0") + _page_tables()), rounds)
+    image = image.ljust(TABLES_OFFSET, b"\0") + _page_tables()
+    return FlatImage(bytes(image.ljust(DATA - LOAD, b"\0") + data), rounds)
 
 
 # Integer arithmetic, branches, calls and the stack; one page of code, one of data.
