@@ -34,7 +34,8 @@ RIGHTS: dict[str, dict[RamFile, bool]] = {
 
 
 # Where each role has a uid of its own, the VMM owns the files, the monitor is their group and the guest is among the
-# others; the folder above keeps everybody else away (the launcher's is 0700, deploy/compose.yaml mounts it nowhere else).
+# others. The folder above keeps everybody else away: the launcher's is 0700, the one of deploy/compose.yaml is mounted
+# nowhere else.
 MODES = {RamFile.WRITABLE: 0o666, RamFile.SEALED: 0o664, RamFile.PRIVATE: 0o660}
 
 
