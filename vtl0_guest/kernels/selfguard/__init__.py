@@ -1,0 +1,1 @@
+"""The guest kernel selfguard: sources, and what is built from them. README.md says how."""

@@ -1,0 +1,37 @@
+/* Addresses that assembly, C and attack scripts share. */
+#pragma once
+
+#define KERNEL_VMA 0xFFFFFFFF80000000
+#define DIRECT_MAP 0xFFFF888000000000   /* all RAM, writable, no execute */
+#define SPARE_WINDOW (KERNEL_VMA + 0x10000) /* 16 pages without a mapping */
+#define DRIVER_WINDOW (KERNEL_VMA + 0x20000) /* what the vulnerable driver maps for itself */
+#define PAGE 4096
+
+#define SELECTOR_KERNEL_CODE 0x08
+#define SELECTOR_KERNEL_DATA 0x10
+#define SELECTOR_USER_BASE 0x18 /* SYSRET: SS = base + 8, CS = base + 16 */
+#define SELECTOR_USER_DATA 0x20
+#define SELECTOR_USER_CODE 0x28
+#define SELECTOR_TSS 0x30
+
+#define SYS_READ_LINE 0  /* (buffer, size): waits in HLT for a line from COM2; its length */
+#define SYS_WRITE_LINE 1 /* (buffer, size): to COM2 */
+#define SYS_TICKS 2      /* (): timer interrupts so far */
+#define SYS_DRIVER 3     /* (struct driver_request *): the vulnerable driver */
+#define SYS_RECOVERY 4   /* (rip, rsp): where a fault of user code goes */
+#define SYS_LAST_FAULT 5 /* (struct fault *) */
+#define SYS_MODULE 6     /* (name, length): loads and runs a multiboot module */
+#define SYS_PATCH 7      /* (address, bytes, size): kernel text, by the kernel's own rules */
+#define SYS_CONTROL 8    /* (0 or 4, value): CR0 or CR4 */
+#define SYS_MAP 9        /* (address, physical, flags): one page, by the kernel's own rules */
+#define SYS_VTL_CALL 10  /* (service, a, b, c) */
+#define SYS_HYPERCALL 11 /* (control, rdx, r8) */
+#define SYS_COUNT 12
+
+#define EPERM 1
+#define ENOENT 2
+#define ENOEXEC 8
+#define ENOMEM 12
+#define EFAULT 14
+#define EINVAL 22
+#define ENOSYS 38

@@ -1,0 +1,18 @@
+/* Numbers of VTL1's services: protos/vtlab/services.py. */
+#pragma once
+
+#define SERVICE_TAKE_POLICY 0x1FF00
+#define SERVICE_WRITE_PAGE_TABLE 0x1FF01
+#define SERVICE_WRITE_CONTROL_REGISTER 0x1FF02
+#define SERVICE_LOCK_REGS 0x1FFE2
+#define SERVICE_SIGNAL_END_OF_BOOT 0x1FFE3
+#define SERVICE_LOAD_KDATA 0x1FFE5
+#define SERVICE_VALIDATE_MODULE 0x1FFE6
+#define SERVICE_UNLOAD_MODULE 0x1FFE8
+#define SERVICE_PATCH_TEXT 0x1FFEB
+
+/* Attributes of heki_page ranges. */
+#define KDATA_SYSTEM_CERTIFICATES 0
+#define KDATA_PATCHES 5
+#define MODULE_TEXT 0
+#define MODULE_ELF 7

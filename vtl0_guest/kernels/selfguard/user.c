@@ -1,0 +1,216 @@
+/* The user program, at CPL3: reads command lines from COM2, does them by system calls, writes one answer line for each. The table
+ * at the end lists the commands; README.md describes them. */
+#include "layout.h"
+#include "types.h"
+
+s64 system_call(u64 number, u64 a, u64 b, u64 c, u64 d);
+u64 user_guarded(u64 address, u64 argument, u64 *result);
+
+struct fault {
+    u64 vector, error, rip, cr2;
+};
+struct driver_request {
+    u64 operation, address, size, value, arguments[6], result;
+};
+enum { DRIVER_READ, DRIVER_WRITE, DRIVER_COPY, DRIVER_CALL };
+
+#define LINE 2048
+static char line[LINE], answer[LINE];
+static u64 answer_size;
+static char *words[10];
+static u64 word_count;
+
+static void put(const char *text) {
+    while (*text && answer_size < LINE - 1)
+        answer[answer_size++] = *text++;
+}
+
+static void put_hex(u64 value) {
+    char digits[17];
+    u32 n = 16;
+    digits[n] = 0;
+    do {
+        digits[--n] = "0123456789abcdef"[value & 15];
+        value >>= 4;
+    } while (value);
+    put("0x");
+    put(digits + n);
+}
+
+static void put_decimal(u64 value) {
+    char digits[21];
+    u32 n = 20;
+    digits[n] = 0;
+    do {
+        digits[--n] = (char)('0' + value % 10);
+        value /= 10;
+    } while (value);
+    put(digits + n);
+}
+
+static void put_fault(void) {
+    static struct fault fault;
+    system_call(SYS_LAST_FAULT, (u64)&fault, 0, 0, 0);
+    put("fault vector=");
+    put_decimal(fault.vector);
+    put(" error=");
+    put_hex(fault.error);
+    put(" rip=");
+    put_hex(fault.rip);
+    put(" cr2=");
+    put_hex(fault.cr2);
+}
+
+static void put_ok(u64 value) {
+    put("ok ");
+    put_hex(value);
+}
+
+static void put_status(s64 status) {
+    if (status == -EFAULT) {
+        put_fault();
+    } else if (status < 0 && status > -4096) {
+        put("error errno=");
+        put_decimal((u64)-status);
+    } else {
+        put_ok((u64)status);
+    }
+}
+
+static bool is(const char *a, const char *b) {
+    while (*a && *a == *b)
+        a++, b++;
+    return *a == *b;
+}
+
+static u64 length(const char *text) {
+    u64 n = 0;
+    while (text[n])
+        n++;
+    return n;
+}
+
+static u32 digit(char c) {
+    return c >= '0' && c <= '9' ? (u32)(c - '0') : c >= 'a' && c <= 'f' ? (u32)(c - 'a' + 10) : 16;
+}
+
+/* Word n as a number, "0x…" or decimal; 0 if there is no such word. */
+static u64 number(u64 n) {
+    if (n >= word_count)
+        return 0;
+    const char *text = words[n];
+    u32 base = 10;
+    if (text[0] == '0' && text[1] == 'x')
+        base = 16, text += 2;
+    u64 value = 0;
+    for (; digit(*text) < base; text++)
+        value = value * base + digit(*text);
+    return value;
+}
+
+/* Word n as bytes; their count. */
+static u64 bytes(u64 n, u8 *to, u64 size) {
+    const char *text = n < word_count ? words[n] : "";
+    u64 count = 0;
+    for (; count < size && digit(text[0]) < 16 && digit(text[1]) < 16; text += 2)
+        to[count++] = (u8)(digit(text[0]) << 4 | digit(text[1]));
+    return count;
+}
+
+static struct driver_request request;
+
+static void drive(u64 operation, u64 address, u64 size, u64 value) {
+    request.operation = operation;
+    request.address = address;
+    request.size = size;
+    request.value = value;
+    s64 status = system_call(SYS_DRIVER, (u64)&request, 0, 0, 0);
+    if (status < 0)
+        put_status(status);
+    else
+        put_ok(operation == DRIVER_READ || operation == DRIVER_CALL ? request.result : 0);
+}
+
+static void do_ping(void) { put("ok pong"); }
+static void do_read(void) { drive(DRIVER_READ, number(1), number(2), 0); }
+static void do_write(void) { drive(DRIVER_WRITE, number(1), number(2), number(3)); }
+static void do_copy(void) { drive(DRIVER_COPY, number(1), number(3), number(2)); }
+
+static void do_call(void) {
+    for (u64 i = 0; i < 6; i++)
+        request.arguments[i] = number(2 + i);
+    drive(DRIVER_CALL, number(1), 0, 0);
+}
+
+static void do_user(void) {
+    static u64 result;
+    if (user_guarded(number(1), number(2), &result))
+        put_fault();
+    else
+        put_ok(result);
+}
+
+static void do_ticks(void) { put_status(system_call(SYS_TICKS, 0, 0, 0, 0)); }
+
+static void do_module(void) {
+    const char *name = word_count > 1 ? words[1] : "";
+    put_status(system_call(SYS_MODULE, (u64)name, length(name), 0, 0));
+}
+
+static void do_patch(void) {
+    static u8 code[8];
+    u64 size = bytes(2, code, sizeof code);
+    put_status(system_call(SYS_PATCH, number(1), (u64)code, size, 0));
+}
+
+static void do_control(void) { put_status(system_call(SYS_CONTROL, number(1), number(2), 0, 0)); }
+static void do_map(void) { put_status(system_call(SYS_MAP, number(1), number(2), number(3), 0)); }
+static void do_vtl(void) { put_status(system_call(SYS_VTL_CALL, number(1), number(2), number(3), number(4))); }
+
+static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} commands[] = {
+    {"ping", do_ping}, {"read", do_read},     {"write", do_write}, {"copy", do_copy},       {"call", do_call}, {"user", do_user},
+    {"ticks", do_ticks}, {"module", do_module}, {"patch", do_patch}, {"control", do_control}, {"map", do_map},   {"vtl", do_vtl},
+    {"hypercall", do_hypercall},
+};
+
+static void split(void) {
+    word_count = 0;
+    for (char *c = line; *c;) {
+        while (*c == ' ')
+            *c++ = 0;
+        if (!*c || word_count == sizeof words / sizeof words[0])
+            return;
+        words[word_count++] = c;
+        while (*c && *c != ' ')
+            c++;
+    }
+}
+
+static void obey(void) {
+    for (u64 i = 0; i < sizeof commands / sizeof commands[0]; i++) {
+        if (word_count && is(words[0], commands[i].name)) {
+            commands[i].run();
+            return;
+        }
+    }
+    put("error no such command");
+}
+
+void user_main(void) {
+    for (;;) {
+        s64 size = system_call(SYS_READ_LINE, (u64)line, LINE - 1, 0, 0);
+        if (size < 0)
+            continue;
+        line[size] = 0;
+        answer_size = 0;
+        split();
+        obey();
+        put("\n");
+        system_call(SYS_WRITE_LINE, (u64)answer, answer_size, 0, 0);
+    }
+}
