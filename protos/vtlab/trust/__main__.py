@@ -1,7 +1,7 @@
 """`python -m vtlab.trust FOLDER [--hand-out OTHER]`: makes the certificates of a laboratory.
 
-With --hand-out each role's part is also copied to OTHER/ROLE, for those roles whose folder is there already (a volume of
-its container); the copies are readable by the folder's group.
+With --hand-out each role's part is also copied to OTHER/ROLE, for those roles whose folder is there already (a volume
+of its container); the copies are readable by the folder's group.
 """
 
 from __future__ import annotations

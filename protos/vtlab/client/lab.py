@@ -1,0 +1,157 @@
+"""A laboratory: connection to its VMM and its monitor."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from vtlab.channels import dial
+from vtlab.client.calls import call
+from vtlab.client.images import Image, ImageSource, read_image
+from vtlab.client.machine import Machine
+from vtlab.client.policy import Policy
+from vtlab.client.runtime import MONITOR, Addresses, find
+from vtlab.errors import BadImage, PeerUnavailable
+from vtlab.trust.roles import Role
+from vtlab.v1 import vcpu_pb2, vmm_pb2, vmm_pb2_grpc
+
+UPLOAD_DEADLINE = 300.0  # seconds
+
+
+def connect(
+    vmm: str | None = None,
+    monitor: str | None = None,
+    trust: Path | str | None = None,
+    role: Role | str = Role.OPERATOR,
+    timeout: float = 10.0,
+) -> Lab:
+    """Connects to a laboratory.
+
+    Args:
+        vmm, monitor, trust: each as given, else from VTLAB_VMM, VTLAB_MONITOR and VTLAB_TRUST, else as `vtlab up` says.
+        role: operator, or observer to look only.
+        timeout: seconds to wait for the VMM to answer.
+
+    Raises:
+        PeerUnavailable: there is no laboratory, or it does not answer.
+    """
+    return Lab(find(vmm, monitor, trust), role, timeout)
+
+
+class Lab:
+    """A connection. Close it, or use it as a context manager; machines live on unless their own block ends.
+
+    Attributes:
+        addresses: where it is.
+    """
+
+    def __init__(self, addresses: Addresses, role: Role | str = Role.OPERATOR, timeout: float = 10.0) -> None:
+        self.addresses = addresses
+        self._role = Role(role)
+        self._timeout = timeout
+        self._peer = f"vmm at {addresses.vmm}"
+        self._channel = dial(addresses.vmm, addresses.trust, role, Role.VMM, timeout)
+        self._stub = vmm_pb2_grpc.VmmServiceStub(self._channel)
+        self._monitor_channel: grpc.Channel | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+        if self._monitor_channel is not None:
+            self._monitor_channel.close()
+
+    @property
+    def policy(self) -> Policy:
+        """The policies of its machines. Raises PeerUnavailable if the monitor does not answer."""
+        address = self.addresses.monitor
+        if not address:
+            raise PeerUnavailable("monitor", f"its address is not known: set {MONITOR}")
+        if self._monitor_channel is None:
+            self._monitor_channel = dial(address, self.addresses.trust, self._role, Role.MONITOR, self._timeout)
+        return Policy(self._monitor_channel, f"monitor at {address}")
+
+    def upload(self, image: Image) -> bytes:
+        """Stores an image in the VMM; returns its SHA-256. Raises BadImage if it arrived changed."""
+        answer = call(self._peer, self._stub.UploadImage, image.chunks(), UPLOAD_DEADLINE)
+        if answer.sha256 != image.sha256():
+            raise BadImage(image.name, "arrived changed at the VMM")
+        return answer.sha256
+
+    def create(
+        self,
+        image: ImageSource,
+        *,
+        name: str = "",
+        ram: int = 64 << 20,
+        vp_count: int = 1,
+        command_line: str = "",
+        modules: Sequence[ImageSource | tuple[ImageSource, str]] = (),
+        vtl1: bool = True,
+        stop_on_reset: bool = False,
+        image_format: vcpu_pb2.ImageFormat.ValueType = vcpu_pb2.IMAGE_FORMAT_DETECT,
+        load_address: int = 0,
+        entry: int = 0,
+        start_mode: vcpu_pb2.StartMode.ValueType = vcpu_pb2.START_MODE_UNSPECIFIED,
+    ) -> Machine:
+        """Makes a machine; it does not run yet.
+
+        Args:
+            image: file or bytes to boot.
+            name: of the machine; made up if empty.
+            ram: bytes, a multiple of 2 MiB.
+            vp_count: vCPUs.
+            command_line: for the kernel.
+            modules: files or bytes for the boot loader's module list, each alone or with its command line.
+            vtl1: offer VTL1 to the guest.
+            stop_on_reset: a triple fault or a reset request ends the machine.
+            image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
+
+        Raises:
+            BadImage: unreadable, larger than RAM, or malformed.
+            BadArgument, AlreadyExists, LimitExceeded.
+        """
+        boot = read_image(image, ram)
+        pairs = [module if isinstance(module, tuple) else (module, "") for module in modules]
+        files = [(read_image(source, ram), text) for source, text in pairs]
+        spec = vmm_pb2.MachineSpec(
+            ram_size=ram,
+            vp_count=vp_count,
+            vtl1=vtl1,
+            stop_on_reset=stop_on_reset,
+            image=vcpu_pb2.BootImage(
+                sha256=self.upload(boot),
+                format=image_format,
+                command_line=command_line,
+                load_address=load_address,
+                entry=entry,
+                start_mode=start_mode,
+                modules=[vcpu_pb2.BootModule(sha256=self.upload(file), command_line=text) for file, text in files],
+            ),
+        )
+        name = name or f"vm-{secrets.token_hex(4)}"
+        try:
+            call(self._peer, self._stub.CreateMachine, vmm_pb2.CreateMachineRequest(vm=name, spec=spec))
+        except BadImage as error:
+            raise BadImage(boot.name, error.detail) from None
+        return Machine(self._stub, self._peer, name, boot.name)
+
+    def machine(self, name: str) -> Machine:
+        """A machine that exists. Raises NotFound."""
+        call(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=name))
+        return Machine(self._stub, self._peer, name)
+
+    def machines(self) -> list[vmm_pb2.Machine]:
+        """All machines of the VMM."""
+        return list(call(self._peer, self._stub.ListMachines, vmm_pb2.ListMachinesRequest()).machines)

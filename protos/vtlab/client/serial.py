@@ -1,0 +1,141 @@
+"""What a machine's serial ports said, gathered in the background, and ways to wait for more."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from vtlab.client.names import state_name
+from vtlab.errors import TimedOut, WrongState
+from vtlab.v1 import vmm_pb2
+
+ENDED = frozenset({vmm_pb2.MACHINE_STATE_STOPPED, vmm_pb2.MACHINE_STATE_FAILED})
+
+Pattern = str | re.Pattern[str]
+
+
+class Observed:
+    """State and serial output of one machine as its events told them. All methods are for any thread."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._changed = threading.Condition()
+        self._output: defaultdict[int, bytearray] = defaultdict(bytearray)
+        self._machine = vmm_pb2.Machine()
+        self._failure: Exception | None = None
+        self.state_changes = 0
+        self.lost = 0
+
+    def take(self, answer: vmm_pb2.WatchEventsResponse) -> None:
+        """Notes one event and wakes who waits."""
+        event = answer.event
+        detail = event.WhichOneof("detail")
+        with self._changed:
+            if detail == "serial":
+                self._output[event.serial.port] += event.serial.data
+            elif detail == "state":
+                self._machine = event.state
+                self.state_changes += 1
+            elif detail == "lost":
+                self.lost += event.lost.count
+            self._changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """No more events will come: who waits gets the error."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    @property
+    def machine(self) -> vmm_pb2.Machine:
+        with self._changed:
+            return self._machine
+
+    def output(self, port: int, start: int = 0) -> bytes:
+        """What the port said, from byte `start` on."""
+        with self._changed:
+            return bytes(self._output[port][start:])
+
+    def wait(self, what: str, test: Callable[[], bool], timeout: float, until_end: bool = True) -> None:
+        """Blocks until test() holds; it runs under the lock, at each change.
+
+        Args:
+            what: for the error, "serial output 'ready'".
+            test: looks at this object.
+            timeout: seconds.
+            until_end: give up as soon as the machine has ended, since nothing can come any more.
+
+        Raises:
+            TimedOut, WrongState, or what ended the stream of events.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not test():
+                if self._failure is not None:
+                    raise self._failure
+                if until_end and self._machine.state in ENDED:
+                    state = state_name(self._machine.state)
+                    detail = f"is {state} ({self._machine.reason or 'no reason given'}), so no {what} can come"
+                    raise WrongState(self._subject, detail, state=state, operation="wait")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimedOut(self._subject, self._late(what, timeout), seconds=timeout)
+                self._changed.wait(left)
+
+    def _late(self, what: str, timeout: float) -> str:
+        said = "; ".join(
+            f"COM{port + 1} last said {bytes(data[-80:]).decode('utf-8', 'replace')!r}"
+            for port, data in sorted(self._output.items())
+            if data
+        )
+        lost = f"; {self.lost} events were lost" if self.lost else ""
+        return f"no {what} in {timeout:g} s; {said or 'the serial ports said nothing'}{lost}"
+
+
+class SerialReader:
+    """Reads one port from a position of its own.
+
+    Attributes:
+        position: bytes consumed.
+    """
+
+    def __init__(self, observed: Observed, port: int, position: int = 0) -> None:
+        self._observed = observed
+        self._port = port
+        self.position = position
+
+    def read(self) -> bytes:
+        """What came since the last read, maybe nothing."""
+        data = self._observed.output(self._port, self.position)
+        self.position += len(data)
+        return data
+
+    def read_until(self, pattern: Pattern, timeout: float = 10.0) -> str:
+        """Waits for the text or regular expression, and consumes and returns all up to its end.
+
+        Raises:
+            TimedOut: it did not come; nothing is consumed.
+            WrongState: the machine ended, so it cannot come.
+        """
+        expression = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
+        read = ""
+
+        def found() -> bool:
+            nonlocal read
+            text = self._observed.output(self._port, self.position).decode("latin-1")
+            match = expression.search(text)
+            if match is None:
+                return False
+            read = text[: match.end()]
+            return True
+
+        self._observed.wait(f"serial output {expression.pattern!r} on COM{self._port + 1}", found, timeout)
+        self.position += len(read)
+        return read
+
+    def read_line(self, timeout: float = 10.0) -> str:
+        """Waits for a whole line and returns it without its end."""
+        return self.read_until("\n", timeout).rstrip("\r\n")
