@@ -43,7 +43,7 @@ demo: $(VENV)/runtime.stamp  ## attacks on a real guest, unprotected and then pr
 up: $(VENV)/runtime.stamp  ## the three processes, until Ctrl-C
 	@$(BIN)/vtlab up
 
-bench: $(VENV)/runtime.stamp  ## figures as ratios of one run; BENCH='--json FILE' also writes them
+bench: $(VENV)/developer.stamp  ## figures as ratios of one run; BENCH='--json FILE' also writes them
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 # ----------------------------------------------------------------------------------------------------------- tests
@@ -86,7 +86,7 @@ check-protos: $(VENV)/developer.stamp
 	@echo 'generated code: up to date'
 
 kernel: $(VENV)/developer.stamp  ## rebuild the guest kernels (needs gcc and binutils)
-	$(BIN)/python -m vtl0_guest.kernels.build
+	$(BIN)/python -m vtl0_guest.kernels.selfguard.build
 
 lock:  ## requirements.lock from the floors in pyproject.toml, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv --without-pip build/lock

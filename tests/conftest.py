@@ -1,7 +1,7 @@
 """Fixtures are dimensions: one choice each, with a default that a test overrides by parametrising it.
 
-`lab` lives as long as the test session of a worker (three real processes); `machine` lives for one test. Nothing is done
-at import, so collecting the unit tests costs nothing.
+`lab` lives as long as the test session of a worker (three real processes); `machine` lives for one test. Nothing is
+done at import, so collecting the unit tests costs nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 def image() -> Path:
     """The guest to boot."""
-    from vtl0_guest.kernels import SELFGUARD
+    from vtl0_guest.kernels import selfguard
 
-    return SELFGUARD
+    return selfguard()
 
 
 @pytest.fixture

@@ -1,0 +1,174 @@
+"""The figures: what is measured against what, and the goal of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tests.bench import guest, vtl
+from tests.bench.echo import EchoClient, EchoServer, microseconds
+from tests.bench.machines import Run, create, in_machine, on_bare_engine, ticks_per_second
+from tests.bench.measure import Figure, Paired, in_turn
+from vmm.launcher import launch
+from vtlab.client import Lab
+from vtlab.trust.certificates import ensure_trust
+from vtlab.trust.roles import Role
+from vtlab.v1.vcpu_pb2 import ACTION_COMPLETE, ENTER_REASON_RESUME, Enter, Resolution, RunRequest, RunResponse
+
+LARGE_RAM = 1 << 30  # room for vtl.PAGES pages with a gap after each
+WORKLOADS = {"compute": guest.COMPUTE, "paging and memory traffic": guest.MEMORY}
+ROUNDS = 6  # of a body in one run of an image
+EXIT_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements share.
+
+    Attributes:
+        lab: three processes that run.
+        trust: trust folder of the echoes.
+        folder: for their sockets.
+        turns: how often each pair is measured.
+        frequency: TSC ticks a second.
+    """
+
+    lab: Lab
+    trust: Path
+    folder: Path
+    turns: int
+    frequency: float
+
+
+def against_bare_engine(setting: Setting) -> Iterator[Figure]:
+    """Guest speed in the laboratory divided by that of the same bytes on Unicorn alone."""
+    for (name, body), goal in zip(WORKLOADS.items(), (0.95, 0.80), strict=True):
+        image = guest.build(body, ROUNDS)
+
+        def bare(image: guest.FlatImage = image) -> float:
+            return _best(on_bare_engine(image))
+
+        def ours(image: guest.FlatImage = image) -> float:
+            return _best(in_machine(setting.lab, image))
+
+        paired = in_turn(bare, ours, setting.turns)
+        yield Figure(
+            f"guest speed, {name}, to bare Unicorn", "ratio", paired.ratios, goal, True, _times(setting, paired)
+        )
+
+
+def under_protection(setting: Setting) -> Iterator[Figure]:
+    """Guest speed with many pages sealed divided by that without, and how fast they were sealed."""
+    for kind, sealing in (("contiguous", vtl.contiguous()), ("scattered", vtl.scattered())):
+        seconds: list[float] = []
+        for name, body in WORKLOADS.items():
+            plain = guest.build(body, ROUNDS)
+            sealed = guest.build(body, ROUNDS, vtl.prologue(sealing), sealing.data)
+
+            def unprotected(image: guest.FlatImage = plain) -> float:
+                return _best(in_machine(setting.lab, image, LARGE_RAM))
+
+            def protected(image: guest.FlatImage = sealed) -> float:
+                run = in_machine(setting.lab, image, LARGE_RAM, vtl1=True)
+                seconds.append(run.sealing / setting.frequency)  # noqa: B023 - read in this pass of the loop
+                return _best(run)
+
+            paired = in_turn(unprotected, protected, setting.turns)
+            title = f"guest speed, {name}, {vtl.PAGES:,} pages sealed {kind}, to unsealed"
+            yield Figure(title, "ratio", paired.ratios, 0.95, True, _times(setting, paired))
+        rates = [vtl.PAGES / taken for taken in seconds]
+        detail = f"{median(seconds):.2f} s for {vtl.PAGES:,} pages, asked for by the guest"
+        yield Figure(f"pages sealed a second, {kind}", "pages/s", rates, 100_000, True, detail)
+
+
+def round_trips(setting: Setting) -> Iterator[Figure]:
+    """An exit and a VTL call with its return, through all processes, against bare echoes of the same bytes."""
+    exits = guest.build(vtl.EXIT_BODY, EXIT_ROUNDS)
+    calls = guest.build(vtl.VTL_CALL_BODY, EXIT_ROUNDS, vtl.prologue(vtl.nothing()), vtl.nothing().data)
+    sizes = _message_sizes(setting, exits)
+    with (
+        EchoServer(setting.folder, setting.trust, Role.GUEST, sizes.exit) as guest_echo,
+        EchoServer(setting.folder, setting.trust, Role.MONITOR, sizes.exit) as monitor_echo,
+    ):
+        to_guest = EchoClient(guest_echo, setting.trust, sizes.enter)
+        to_monitor = EchoClient(monitor_echo, setting.trust, sizes.exit)
+        count = EXIT_ROUNDS * vtl.EXITS
+        try:
+            one = in_turn(
+                lambda: _each(setting, in_machine(setting.lab, exits)),
+                lambda: microseconds([to_guest], count),
+                setting.turns,
+            )
+            two = in_turn(
+                lambda: _each(setting, in_machine(setting.lab, calls, vtl1=True)),
+                lambda: microseconds([to_guest, to_monitor], count // 2),
+                setting.turns,
+            )
+        finally:
+            to_guest.close()
+            to_monitor.close()
+    detail = f"{median(one.first):.0f} us against {median(one.second):.0f} us for {sizes.enter} + {sizes.exit} bytes"
+    yield Figure("exit, guest to VMM to guest, to one bare echo", "ratio", one.ratios, 1.25, False, detail)
+    yield Figure("what an exit adds to the echo", "us", one.differences, 45, False)
+    detail = f"{median(two.first):.0f} us against {median(two.second):.0f} us"
+    yield Figure("VTL call and return, three processes, to two bare echoes", "ratio", two.ratios, 1.2, False, detail)
+
+
+def start(setting: Setting) -> Iterator[Figure]:
+    """From nothing to the end of the first guest instructions: three new processes, a machine, its image."""
+    image = guest.build("nop", 1)
+    seconds = []
+    for _ in range(setting.turns):
+        begin = time.perf_counter()
+        with launch() as lab:
+            in_machine(lab, image)
+            seconds.append(time.perf_counter() - begin)
+    yield Figure("start of three processes to the first guest instruction", "s", seconds, 2.0, False)
+
+
+MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
+    "bare": against_bare_engine,
+    "exits": round_trips,
+    "protection": under_protection,
+    "start": start,
+}
+
+
+def setting_of(lab: Lab, folder: Path, turns: int) -> Setting:
+    """Measures the clock, makes certificates for the echoes and puts the setting together."""
+    return Setting(lab, ensure_trust(folder / "trust"), folder, turns, ticks_per_second())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    enter: int
+    exit: int
+
+
+def _message_sizes(setting: Setting, image: guest.FlatImage) -> _Sizes:
+    """Bytes of an exit of the measured kind, as the VMM recorded one, and of an enter that answers it."""
+    with create(setting.lab, image) as machine:
+        machine.start()
+        exits = (event.exit for event in machine.events(kinds=["exit"]))
+        exit_ = next(exit_ for exit_ in exits if exit_.HasField("hypercall"))
+    enter = Enter(sequence=exit_.sequence + 1, reason=ENTER_REASON_RESUME)
+    enter.resolution.CopyFrom(Resolution(action=ACTION_COMPLETE, value=2))
+    return _Sizes(RunRequest(enter=enter).ByteSize(), RunResponse(exit=exit_).ByteSize())
+
+
+def _best(run: Run) -> float:
+    """The fastest round: what the machine can do when nothing else wants the processor."""
+    return float(min(run.rounds))
+
+
+def _each(setting: Setting, run: Run) -> float:
+    """Microseconds of one exit or call, as a mean over the rounds."""
+    return sum(run.rounds) / len(run.rounds) / vtl.EXITS / setting.frequency * 1e6
+
+
+def _times(setting: Setting, paired: Paired) -> str:
+    first, second = (median(values) / setting.frequency * 1e3 for values in (paired.first, paired.second))
+    return f"{first:.1f} ms against {second:.1f} ms a round"
