@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,9 +88,3 @@ def in_turn(first: Callable[[], float], second: Callable[[], float], turns: int)
         paired.first.append(a)
         paired.second.append(b)
     return paired
-
-
-def percent(values: Iterable[float], share: float) -> float:
-    """The value that `share` (0 to 1) of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
