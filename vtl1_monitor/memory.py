@@ -1,0 +1,162 @@
+"""Guest memory as VTL1 knows it: which file holds a page, what VTL0 may do with it, which rule says so.
+
+VTL1 has all three files open; what it does for VTL0 (arguments, results) goes through `read` and `write`, which obey
+VTL0's rights, so that no service becomes a confused deputy. What it guards is read with `sealed`, never from `ram.rw`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+
+from vtl1_monitor import rights
+from vtl1_monitor.rights import Change, Run
+from vtlab.ram import PAGE_SIZE, Ram, RamFile
+from vtlab.v1 import vcpu_pb2
+from vtlab.x86 import paging
+
+_FILE = {rights.WRITABLE: RamFile.WRITABLE, rights.SEALED: RamFile.SEALED, rights.PRIVATE: RamFile.PRIVATE}
+
+
+class GuestFault(Exception):
+    """VTL0 may not do this access, or it is not RAM: the caller's argument is bad. `gpa` is the first bad byte."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"{gpa:#x} is not accessible to VTL0")
+        self.gpa = gpa
+
+
+class GuestMemory:
+    """Pages of one machine.
+
+    Attributes:
+        size: bytes of RAM.
+        codes: one byte a page (vtl1_monitor.rights).
+    """
+
+    def __init__(self, ram: Ram) -> None:
+        self.ram = ram
+        self.size = ram.size
+        self.pages = ram.size // PAGE_SIZE
+        self.codes = bytearray([rights.INITIAL]) * self.pages
+        self._owners = array("H", bytes(2 * self.pages))
+        self._owner_names: list[str] = [""]
+        self._owner_numbers: dict[str, int] = {"": 0}
+
+    def code(self, gfn: int) -> int | None:
+        """Code of a page; None outside RAM."""
+        return self.codes[gfn] if 0 <= gfn < self.pages else None
+
+    def codes_in(self, run: Run) -> set[int] | None:
+        """The different codes in a run; None if it leaves RAM."""
+        if run.first < 0 or run.end > self.pages:
+            return None
+        return set(self.codes[run.first : run.end])
+
+    def owner(self, gfn: int) -> str:
+        """Name of the rule that gave the page its rights; "" if none did."""
+        return self._owner_names[self._owners[gfn]] if 0 <= gfn < self.pages else ""
+
+    def pieces(self, run: Run) -> Iterator[tuple[Run, int, str]]:
+        """A run cut where code or owner changes."""
+        first = run.first
+        while first < run.end:
+            code, owner = self.codes[first], self._owners[first]
+            end = first + 1
+            while end < run.end and self.codes[end] == code and self._owners[end] == owner:
+                end += 1
+            yield Run(first, end - first), code, self._owner_names[owner]
+            first = end
+
+    def protect_message(self, changes: Iterable[Change]) -> vcpu_pb2.Protect | None:
+        """What to ask for so that the changes hold; a later change wins. None if all pages already are so."""
+        wanted: dict[int, int] = {}
+        for change in changes:
+            wanted.update(dict.fromkeys(range(change.run.first, change.run.end), change.code))
+        by_code: dict[int, list[int]] = {}
+        for gfn, code in wanted.items():
+            if self.codes[gfn] != code:
+                by_code.setdefault(code, []).append(gfn)
+        if not by_code:
+            return None
+        # Pages are closed before others are opened.
+        order = sorted(by_code, key=lambda code: (code & rights.STORE_MASK == rights.WRITABLE, code))
+        updates = [rights.protection_update(code, rights.runs_of(by_code[code])) for code in order]
+        return vcpu_pb2.Protect(protections=updates)
+
+    def record(self, changes: Iterable[Change]) -> None:
+        """Notes that the changes hold on every vCPU."""
+        for change in changes:
+            number = self._owner_numbers.setdefault(change.owner, len(self._owner_names))
+            if number == len(self._owner_names):
+                self._owner_names.append(change.owner)
+            self.codes[change.run.first : change.run.end] = bytes([change.code]) * change.run.pages
+            self._owners[change.run.first : change.run.end] = array("H", [number]) * change.run.pages
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """A copy of bytes that VTL0 can read. Raises GuestFault."""
+        return b"".join(
+            self.ram.views[_FILE[code & rights.STORE_MASK]][start : start + length]
+            for start, length, code in self._checked(gpa, size, rights.READ)
+        )
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Writes where VTL0 could have written. Raises GuestFault before anything is written."""
+        parts = list(self._checked(gpa, len(data), rights.WRITE))
+        for start, length, _ in parts:
+            self.ram.views[RamFile.WRITABLE][start : start + length] = data[start - gpa : start - gpa + length]
+
+    def _checked(self, gpa: int, size: int, right: int) -> Iterator[tuple[int, int, int]]:
+        if gpa < 0 or gpa + size > self.size:
+            raise GuestFault(gpa if not 0 <= gpa < self.size else self.size)
+        end = gpa + size
+        while gpa < end:
+            code = self.codes[gpa // PAGE_SIZE]
+            if not code & right:
+                raise GuestFault(gpa)
+            length = min(end, (gpa // PAGE_SIZE + 1) * PAGE_SIZE) - gpa
+            yield gpa, length, code
+            gpa += length
+
+    def is_sealed(self, gpa: int, size: int) -> bool:
+        """True if VTL0 can write none of the bytes and all are in `ram.ro`."""
+        if size <= 0 or gpa < 0 or gpa + size > self.size:
+            return False
+        run = Run(gpa // PAGE_SIZE, (gpa + size - 1) // PAGE_SIZE - gpa // PAGE_SIZE + 1)
+        return all(code & rights.STORE_MASK == rights.SEALED for code in self.codes_in(run) or {0})
+
+    def sealed(self, gpa: int, size: int) -> bytes:
+        """A copy of sealed bytes, readable by VTL0 or not. Raises GuestFault if one is not sealed."""
+        if not self.is_sealed(gpa, size):
+            raise GuestFault(gpa)
+        return self.ram.views[RamFile.SEALED][gpa : gpa + size]
+
+    def write_sealed(self, gpa: int, data: bytes) -> None:
+        """Changes sealed bytes: VTL0 sees them at once as data, as code after InvalidateCode. Raises GuestFault."""
+        if not self.is_sealed(gpa, len(data)):
+            raise GuestFault(gpa)
+        self.ram.views[RamFile.SEALED][gpa : gpa + len(data)] = data
+
+    def table(self, gfn: int) -> bytes:
+        """A page as the page walker sees it, from the file that backs it. Raises GuestFault for VTL1's own pages."""
+        code = self.code(gfn)
+        if code is None or code & rights.STORE_MASK == rights.PRIVATE:
+            raise GuestFault(gfn * PAGE_SIZE)
+        return self.ram.views[_FILE[code & rights.STORE_MASK]][gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
+
+    def translator(self, *, cr0: int, cr3: int, cr4: int, efer: int) -> Callable[[int], int | None]:
+        """Translation by VTL0's page tables: GVA -> GPA, None where nothing is mapped."""
+
+        def read_entry(gpa: int, size: int) -> int:
+            page = self.table(gpa // PAGE_SIZE)
+            offset = gpa % PAGE_SIZE
+            return int.from_bytes(page[offset : offset + size], "little")
+
+        def translate(gva: int) -> int | None:
+            try:
+                result = paging.walk(read_entry, cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, gva=gva, implicit=False, ac=True)
+            except (GuestFault, paging.NonCanonicalAddress, paging.UnsupportedPaging):
+                return None
+            return result.gpa if isinstance(result, paging.Translation) else None
+
+        return translate
