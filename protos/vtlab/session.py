@@ -1,0 +1,66 @@
+"""Numbered enters of one vCPU at one level: each is executed once, a repeated one is answered with the kept exit.
+
+The contract (VcpuService.Run): enters count from 1; a repeated number is answered with the same exit and does nothing
+twice, also on a new stream. Both levels use this; what executes an enter stays ignorant of numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from vtlab.errors import Conflict
+from vtlab.v1 import vcpu_pb2
+
+Execute = Callable[[vcpu_pb2.Enter], vcpu_pb2.Exit]
+
+
+class Session:
+    """The last enter of one vCPU and its exit.
+
+    `answer` may be called from any thread: a repeated number that arrives while the first is still executing waits for
+    it. `running` is the number being executed, 0 if none; it may be read without waiting, to match a Kick.
+    """
+
+    def __init__(self, name: str, execute: Execute) -> None:
+        """Args: `name` is the subject of errors, "vCPU 0 of VTL1"; `execute` runs an enter to its exit."""
+        self.running = 0
+        self._name = name
+        self._execute = execute
+        self._lock = threading.Lock()
+        self._enter: vcpu_pb2.Enter | None = None
+        self._exit: vcpu_pb2.Exit | None = None
+
+    @property
+    def last(self) -> int:
+        """Number of the last enter that was accepted, 0 if none."""
+        return self._enter.sequence if self._enter is not None else 0
+
+    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Executes the enter, or returns the kept exit of a repeated one. The exit carries the enter's number.
+
+        Raises:
+            Conflict: the number is neither the last nor the next, or it is repeated with another content.
+            Whatever `execute` raises; the number is then used up and its repetition is refused too.
+        """
+        with self._lock:
+            if self._enter is not None and enter.sequence == self._enter.sequence:
+                return self._kept(enter)
+            if enter.sequence != self.last + 1:
+                raise Conflict(self._name, f"enter {enter.sequence} after enter {self.last}")
+            self._enter, self._exit = enter, None
+            self.running = enter.sequence
+            try:
+                exit_ = self._execute(enter)
+            finally:
+                self.running = 0
+            exit_.sequence = enter.sequence
+            self._exit = exit_
+            return exit_
+
+    def _kept(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        if enter != self._enter:
+            raise Conflict(self._name, f"enter {enter.sequence} was repeated with another content")
+        if self._exit is None:
+            raise Conflict(self._name, f"enter {enter.sequence} failed")
+        return self._exit
