@@ -53,7 +53,7 @@ def test_terminal_count_interrupts_once(machine: Machine) -> None:
 
 def test_missed_periods_are_one_interrupt(machine: Machine) -> None:
     machine.start_pic(masks=(0xFE, 0xFF))
-    program(machine, 0, 2, 100)
+    program(machine, 0, 2, 1000)
     machine.clock.advance(1.0)
     machine.platform.advance(machine.clock.now())
     machine.take()
@@ -61,7 +61,7 @@ def test_missed_periods_are_one_interrupt(machine: Machine) -> None:
     assert machine.pending() is None
     deadline = machine.platform.next_deadline()
     assert deadline is not None
-    assert 0 < deadline - machine.clock.now() <= 101 * TICK
+    assert 0 < deadline - machine.clock.now() <= 1001 * TICK
 
 
 def test_shortest_period_is_bounded(machine: Machine) -> None:

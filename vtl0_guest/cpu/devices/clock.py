@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-
 # Seconds. A guest that programs a shorter period gets this one: its own timer thread could do nothing else.
 MINIMUM_PERIOD = 100e-6
 
