@@ -49,6 +49,8 @@ struct get_vp_registers {
 };
 
 extern u64 vtl_call_offset;
+/* Stands for what a kernel would give VTL1 to keep: once VTL1 owns the page, only VTL1 has it. */
+static const char secret[] = "a secret that VTL0 gives to VTL1";
 bool guarded;
 static u8 input[PAGE] __attribute__((aligned(PAGE)));
 static u64 output[2] __attribute__((aligned(16)));
@@ -125,6 +127,7 @@ static void enable_vtl1(void) {
 }
 
 void vtl_init(bool heki) {
+    memcpy(vtl1_memory, secret, sizeof secret);
     bool hypercalls = hypercall_page_init();
     if (!heki)
         return;
