@@ -224,7 +224,7 @@ def _await_health(channel: grpc.Channel, name: str, timeout: float) -> None:
     try:
         attempts(_check_once, check, name, min(timeout, 2.0))
     except PeerUnavailable as error:
-        raise PeerUnavailable(name, f"no answer in {timeout:g} s: {_short(error.detail)}") from None
+        raise PeerUnavailable(name, f"no answer in {timeout:g} s: {error.detail}") from None
 
 
 def _check_once(check: Callable[..., health_pb2.HealthCheckResponse], name: str, timeout: float) -> None:
@@ -237,15 +237,3 @@ def _check_once(check: Callable[..., health_pb2.HealthCheckResponse], name: str,
         raise PeerUnavailable(name, failure.detail) from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise PeerUnavailable(name, "is shutting down")
-
-
-def _short(detail: str) -> str:
-    """The cause at the end of gRPC's own text, which repeats the address and nests what it says."""
-    known = {
-        "No such file or directory": "no such socket",
-        "Connection refused": "connection refused",
-        "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this laboratory",
-        "Hostname Verification Check failed": "its certificate is for another role",
-        "peer cert": "its certificate is for another role",
-    }
-    return next((text for mark, text in known.items() if mark in detail), detail.rpartition(": ")[2] or detail)

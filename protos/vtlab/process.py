@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import shutil
 import signal
-import sys
 import threading
+import time
 from collections.abc import Callable
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-
-def signal_when_parent_dies(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Asks the kernel for a signal when the parent ends; raises it at once if it has ended already.
-
-    Linux sends it when the *thread* that made this process ends, so a process started from a short-lived thread must
-    rather watch a pipe (see watch).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
+from pathlib import Path
 
 
-def watch(alive: int, on_death: Callable[[], None], grace: float = 3.0) -> None:
-    """Ends this process when the other end of a pipe closes, that is, when its last holder is gone.
+def watch_parent(alive: int, last_act: Callable[[], None], grace: float = 3.0) -> None:
+    """Ends this process when the other end of a pipe closes, that is, when its only holder, the parent, is gone.
+
+    A pipe and not PR_SET_PDEATHSIG, which tells of the end of the thread that made this process, not of the parent's.
 
     Args:
-        alive: read end; its write end is held by the parent alone.
-        on_death: called first, from a thread of its own.
-        grace: seconds that draining may take after SIGTERM before the process is simply gone.
+        alive: read end of the pipe.
+        last_act: called if draining after SIGTERM takes longer than `grace`; then the process is simply gone.
+        grace: seconds.
     """
 
     def wait() -> None:
@@ -40,14 +28,21 @@ def watch(alive: int, on_death: Callable[[], None], grace: float = 3.0) -> None:
                 pass
         except OSError:
             return
-        try:
-            on_death()
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            threading.Event().wait(grace)
-            os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        last_act()
+        os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def remove_folder(folder: Path, attempts: int = 100) -> None:
+    """Removes a folder that others may be removing too, or still be writing to while they end."""
+    for _ in range(attempts):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
 
 
 def termination() -> threading.Event:

@@ -94,7 +94,27 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> errors.VtlabError:
         return TYPE_OF_REASON[info.reason].from_fields(info.metadata)
     code = call.code()
     kind = TYPE_OF_BARE_CODE.get(code, errors.InternalError)
-    return kind(peer, call.details() or code.name.lower().replace("_", " "))
+    details = call.details() or code.name.lower().replace("_", " ")
+    return kind(peer, _cause(details) if kind is errors.PeerUnavailable else details)
+
+
+# In gRPC's account of a failed connection -> what it comes to, for people. The account itself nests and repeats.
+_CAUSES = {
+    "No such file or directory": "no such socket",
+    "Connection refused": "connection refused",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this laboratory",
+    "Hostname Verification Check failed": "its certificate is for another role",
+    "peer cert": "its certificate is for another role",
+    "Socket closed": "went away in the middle of a call",
+    "recvmsg": "went away in the middle of a call",
+    "Connection reset": "went away in the middle of a call",
+    "GOAWAY": "is shutting down",
+    "Stream removed": "went away in the middle of a call",
+}
+
+
+def _cause(details: str) -> str:
+    return next((text for mark, text in _CAUSES.items() if mark in details), details)
 
 
 def _error_info(call: grpc.Call) -> error_details_pb2.ErrorInfo | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -121,15 +122,12 @@ class Machine:
                 name = state_name(machine.state)
                 detail = f"is {name} ({machine.reason or 'no reason given'}), not {wanted}"
                 raise WrongState(f"machine '{self.name}'", detail, state=name, operation="wait")
-            left = max(deadline - time.monotonic(), 0.0)
-            observed.wait(f"state {wanted}", lambda seen=seen: observed.state_changes > seen, left, until_end=False)  # type: ignore[misc]
+            left = deadline - time.monotonic()
+            observed.wait(f"state {wanted}", partial(observed.changed_since, seen), timeout, False, left)
         if observed.machine.state != machine.state:
-            observed.wait(
-                f"event of state {state_name(machine.state)}",
-                lambda: observed.machine.state == machine.state,
-                max(deadline - time.monotonic(), 1.0),
-                until_end=False,
-            )
+            what = f"event of state {state_name(machine.state)}"
+            left = max(deadline - time.monotonic(), 1.0)
+            observed.wait(what, partial(observed.shows, machine.state), timeout, False, left)
         return machine
 
     # ------------------------------------------------------------------------------------------------- registers

@@ -54,12 +54,22 @@ class Observed:
         with self._changed:
             return self._machine
 
+    def changed_since(self, count: int) -> bool:
+        """True if more state changes were seen than `count`."""
+        return self.state_changes > count
+
+    def shows(self, state: vmm_pb2.MachineState.ValueType) -> bool:
+        """True if the last state seen is that one."""
+        return self._machine.state == state
+
     def output(self, port: int, start: int = 0) -> bytes:
         """What the port said, from byte `start` on."""
         with self._changed:
             return bytes(self._output[port][start:])
 
-    def wait(self, what: str, test: Callable[[], bool], timeout: float, until_end: bool = True) -> None:
+    def wait(
+        self, what: str, test: Callable[[], bool], timeout: float, until_end: bool = True, left: float | None = None
+    ) -> None:
         """Blocks until test() holds; it runs under the lock, at each change.
 
         Args:
@@ -67,11 +77,12 @@ class Observed:
             test: looks at this object.
             timeout: seconds.
             until_end: give up as soon as the machine has ended, since nothing can come any more.
+            left: seconds left of the timeout, where some were spent before this call.
 
         Raises:
             TimedOut, WrongState, or what ended the stream of events.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (timeout if left is None else left)
         with self._changed:
             while not test():
                 if self._failure is not None:
@@ -80,10 +91,10 @@ class Observed:
                     state = state_name(self._machine.state)
                     detail = f"is {state} ({self._machine.reason or 'no reason given'}), so no {what} can come"
                     raise WrongState(self._subject, detail, state=state, operation="wait")
-                left = deadline - time.monotonic()
-                if left <= 0:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
                     raise TimedOut(self._subject, self._late(what, timeout), seconds=timeout)
-                self._changed.wait(left)
+                self._changed.wait(remaining)
 
     def _late(self, what: str, timeout: float) -> str:
         said = "; ".join(

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from vtlab.errors import PeerUnavailable
-from vtlab.trust.certificates import ensure_trust, load_credentials
 from vtlab.trust.__main__ import main as trust_main
+from vtlab.trust.certificates import ensure_trust, load_credentials
 from vtlab.trust.interceptor import role_of_peer
 from vtlab.trust.roles import OPEN_TO_ITSELF, RPC_ROLES, Role, may_call
 from vtlab.v1 import monitor_pb2, vcpu_pb2, vmm_pb2

@@ -1,0 +1,272 @@
+"""A laboratory on this machine: three processes, private sockets, private keys, and nothing left at the end.
+
+    with launch() as lab, lab.create("guest.elf") as machine:
+        ...
+
+The processes are spawned, not forked, and end with the block, with an exception, or with this process, however it ends.
+Their folder is private to the user and lies in memory where the machine has room there, since guest RAM is files in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import multiprocess
+
+from vmm.child import ChildSpec, run
+from vtlab.channels import ServerConfig
+from vtlab.client import Addresses, Lab
+from vtlab.errors import InternalError, PeerUnavailable, TimedOut, VtlabError, one_line
+from vtlab.process import remove_folder
+from vtlab.trust.certificates import ensure_trust
+from vtlab.trust.roles import Role
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only private folders are made in it
+ROOM_WANTED = 256 << 20  # bytes that must be free there, else the folder goes to the disk
+PREFIX = "vtlab-lab-"
+SOCKET_PATH_LIMIT = 107  # bytes, sun_path of unix(7)
+
+# role -> the module whose main() serves it, in the order of their end: the VMM still speaks to the levels
+SERVERS = {Role.VMM: "vmm.server", Role.GUEST: "vtl0_guest.server", Role.MONITOR: "vtl1_monitor.server"}
+
+_main_swap = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LocalProcess:
+    """One of the three.
+
+    Attributes:
+        process: handle of multiprocess.
+        ready: receiving end of the pipe on which it reports its addresses.
+        log: its output; None if it shares ours.
+    """
+
+    process: Any
+    ready: Any
+    log: Path | None
+
+    def last_words(self) -> str:
+        """Last line of its log, to say why it ended."""
+        if self.log is None or not self.log.exists():
+            return ""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return one_line(lines[-1])[:400] if lines else ""
+
+
+class LocalLab(Lab):
+    """A laboratory of this process.
+
+    Attributes:
+        directory: its private folder; each process's log is ROLE.log in it.
+        processes: the three, by role.
+    """
+
+    def __init__(self, addresses: Addresses, directory: Path, processes: dict[Role, LocalProcess]) -> None:
+        self.directory = directory
+        self.processes = processes
+        super().__init__(addresses)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process numbers by role."""
+        return {role.value: int(local.process.pid) for role, local in self.processes.items()}
+
+
+@contextlib.contextmanager
+def launch(
+    rules: Any = None,
+    *,
+    directory: Path | str | None = None,
+    vmm_listen: str = "",
+    monitor_listen: str = "",
+    timeout: float = 20.0,
+) -> Iterator[LocalLab]:
+    """Starts guest, monitor and VMM, and connects to them as operator.
+
+    Args:
+        rules: rules in Python for the monitor; functions of a notebook or a script are shipped whole.
+        directory: where to make the private folder; chosen if None.
+        vmm_listen, monitor_listen: addresses for clients in place of Unix sockets, "127.0.0.1:0".
+        timeout: seconds for all three to answer.
+
+    Raises:
+        VtlabError: as the process that could not start reports it, or TimedOut.
+    """
+    with _private_directory(directory) as folder:
+        trust = ensure_trust(folder / "trust")
+        processes: dict[Role, LocalProcess] = {}
+        try:
+            configs = _configs(folder, trust, vmm_listen, monitor_listen)
+            blob = _ship(rules)
+            for role in (Role.GUEST, Role.MONITOR, Role.VMM):
+                processes[role] = _start(role, configs[role], blob if role is Role.MONITOR else b"", folder)
+            bound = _await_ready(processes, timeout)
+            addresses = Addresses(bound[Role.VMM][0], bound[Role.MONITOR][1], trust / Role.OPERATOR)
+            with LocalLab(addresses, folder, processes) as lab:
+                yield lab
+        finally:
+            _stop(processes)
+
+
+def _configs(folder: Path, trust: Path, vmm_listen: str, monitor_listen: str) -> dict[Role, ServerConfig]:
+    sockets = {name: f"unix:{folder / name}" for name in ("guest.sock", "vcpu.sock", "monitor.sock", "vmm.sock")}
+    listen = {
+        Role.GUEST: (sockets["guest.sock"],),
+        Role.MONITOR: (sockets["vcpu.sock"], monitor_listen or sockets["monitor.sock"]),
+        Role.VMM: (vmm_listen or sockets["vmm.sock"],),
+    }
+    configs = {}
+    for role in SERVERS:
+        state = folder / role
+        state.mkdir(mode=0o700)
+        configs[role] = ServerConfig(listen[role], trust / role, role.value, state)
+    configs[Role.VMM] = replace(configs[Role.VMM], guest=sockets["guest.sock"], monitor=sockets["vcpu.sock"])
+    return configs
+
+
+def _ship(rules: Any) -> bytes:
+    """What is defined in a script or a notebook goes by value, with the globals that it uses and no others."""
+    if rules is None:
+        return b""
+    import dill
+
+    return bytes(dill.dumps(rules, recurse=True))
+
+
+def _start(role: Role, config: ServerConfig, rules: bytes, folder: Path) -> LocalProcess:
+    context = multiprocess.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    log = None if os.environ.get("VTLAB_DEBUG") else folder / f"{role}.log"
+    spec = ChildSpec(
+        module=SERVERS[role],
+        config=replace(config, ready=sender),
+        rules=rules,
+        directory=folder,
+        log=log,
+        parent=os.getpid(),
+    )
+    process = context.Process(target=run, args=(spec,), name=f"vtlab-{role}", daemon=True)
+    with _without_main():
+        process.start()
+    sender.close()
+    return LocalProcess(process, receiver, log)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hides the user's script from the child, which would otherwise run it again, unguarded, to import it."""
+    with _main_swap:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def _await_ready(processes: dict[Role, LocalProcess], timeout: float) -> dict[Role, tuple[str, ...]]:
+    deadline = time.monotonic() + timeout
+    bound: dict[Role, tuple[str, ...]] = {}
+    while len(bound) < len(processes):
+        waiting = {local.ready: role for role, local in processes.items() if role not in bound}
+        heard = wait(list(waiting), max(deadline - time.monotonic(), 0))
+        if not heard:
+            missing = ", ".join(sorted(waiting.values()))
+            raise TimedOut(missing, f"did not start in {timeout:g} s", seconds=timeout)
+        for pipe in heard:
+            role = waiting[pipe]
+            bound[role] = _receive(role, processes[role])
+    return bound
+
+
+def _receive(role: Role, local: LocalProcess) -> tuple[str, ...]:
+    try:
+        said = local.ready.recv()
+    except EOFError:
+        local.process.join(1)
+        said = InternalError(role, f"ended with code {local.process.exitcode} at start: {local.last_words()}")
+    if isinstance(said, VtlabError):
+        raise said
+    return tuple(said)
+
+
+def _stop(processes: dict[Role, LocalProcess], grace: float = 5.0) -> None:
+    """VMM first, then the levels; who does not drain in time is killed. A second Ctrl-C hurries it."""
+    order = [processes[role].process for role in SERVERS if role in processes]
+    try:
+        for group in (order[:1], order[1:]):
+            for process in group:
+                process.terminate()
+            deadline = time.monotonic() + grace
+            for process in group:
+                process.join(max(deadline - time.monotonic(), 0))
+    finally:
+        for process in order:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for local in processes.values():
+            local.ready.close()
+
+
+@contextlib.contextmanager
+def _private_directory(directory: Path | str | None) -> Iterator[Path]:
+    base = Path(directory) if directory is not None else _roomy_base()
+    sweep(base)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))  # 0700
+    try:
+        if len(os.fsencode(folder / "monitor.sock")) > SOCKET_PATH_LIMIT:
+            raise PeerUnavailable(str(folder), "this path is too long for Unix sockets; choose another directory")
+        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            os.close(descriptor)
+    finally:
+        remove_folder(folder)
+
+
+def _roomy_base() -> Path:
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+        if status.f_bavail * status.f_frsize >= ROOM_WANTED and os.access(SHARED_MEMORY, os.W_OK):
+            return SHARED_MEMORY
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir())
+
+
+def sweep(base: Path, age: float = 60.0) -> list[Path]:
+    """Removes folders of laboratories that died with all their processes; returns them.
+
+    A living one holds the lock in its folder. One that was made a moment ago may not hold it yet, so it is left alone.
+    """
+    removed = []
+    for folder in base.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < age:
+                continue
+            descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                removed.append(folder)
+            finally:
+                os.close(descriptor)
+    return removed
