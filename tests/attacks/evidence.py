@@ -1,0 +1,139 @@
+"""What an attack or a control leaves behind, and how it is judged: by the machine's state, never by a fault alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from vtlab.client.driver import Driver, GuestFault, GuestRefusal
+from vtlab.client.machine import Machine
+from vtlab.client.symbols import Symbols
+from vtlab.errors import Refused
+
+
+class Outcome(Enum):
+    """Of an attack."""
+
+    SUCCEEDED = "succeeded"  # the state changed
+    BLOCKED = "blocked"  # the state did not change, and the guest took a fault or was refused
+    UNCLEAR = "unclear"  # neither: no evidence
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """State of the machine around one operation.
+
+    Attributes:
+        what: which state, in the words of the manuals.
+        before, after: that state, read through the SDK.
+        changed: the operation reached its aim, by comparison of that state.
+        denial: the fault that the guest took, or the refusal that it got; empty if there was none.
+    """
+
+    what: str
+    before: str
+    after: str
+    changed: bool
+    denial: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.changed:
+            return Outcome.SUCCEEDED
+        return Outcome.BLOCKED if self.denial else Outcome.UNCLEAR
+
+    @property
+    def kept(self) -> bool:
+        """For a control: it had its effect and nobody objected."""
+        return self.changed and not self.denial
+
+
+Run = Callable[[Machine, Driver, Symbols], Evidence]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        name: for the command line.
+        sentence: what it does.
+        source: who describes it.
+        run: does it once, on a machine whose guest is ready.
+        impossible_unprotected: why it cannot succeed on a machine without VTL1 either; empty if it can.
+    """
+
+    name: str
+    sentence: str
+    source: str
+    run: Run
+    impossible_unprotected: str = ""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A legitimate operation that must keep working under VTL1. Attributes as of Attack."""
+
+    name: str
+    sentence: str
+    run: Run
+
+
+class Attempts:
+    """Steps of an operation, each of which the guest may refuse; remembers what it said."""
+
+    def __init__(self, symbols: Symbols) -> None:
+        self._symbols = symbols
+        self.denials: list[str] = []
+
+    def step(self, operation: Callable[..., Any], *arguments: Any) -> bool:
+        """Does one step; True if nobody objected."""
+        try:
+            operation(*arguments)
+        except GuestFault as fault:
+            self.denials.append(self._describe(fault))
+        except GuestRefusal as refusal:
+            self.denials.append(f"refused {refusal}")
+        except Refused as refusal:  # a client's own request, judged like the guest's
+            self.denials.append(f"client refused: {refusal.detail}")
+        else:
+            return True
+        return False
+
+    def note(self, denial: str) -> None:
+        """A refusal that came as a value, such as a hypercall status; empty means there was none."""
+        if denial:
+            self.denials.append(denial)
+
+    def _describe(self, fault: GuestFault) -> str:
+        return str(fault).replace(f"at {fault.rip:#x}", f"at {self._symbols.describe(fault.rip)}")
+
+    def __str__(self) -> str:
+        """The first denial, and how many followed."""
+        more = f" (+{len(self.denials) - 1})" if len(self.denials) > 1 else ""
+        return self.denials[0] + more if self.denials else ""
+
+
+def observe(
+    what: str,
+    state: Callable[[], Any],
+    steps: Callable[[Attempts], None],
+    symbols: Symbols,
+    reached: Callable[[Any, Any], bool] = lambda before, after: before != after,
+    show: Callable[[Any], str] = str,
+) -> Evidence:
+    """Reads the state, attempts the steps, reads it again.
+
+    Args:
+        what, state, show: the state, how to read it, how to print it.
+        steps: the operation.
+        symbols: to name where faults happened.
+        reached: whether before and after mean that the operation reached its aim.
+    """
+    attempts = Attempts(symbols)
+    before = state()
+    steps(attempts)
+    after = state()
+    return Evidence(what, show(before), show(after), reached(before, after), str(attempts))

@@ -1,0 +1,66 @@
+"""The machine that attacks run on: selfguard with its modules, guarded or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from vtlab.client import Lab, Machine
+from vtlab.client.driver import READY, Driver
+from vtlab.client.symbols import Symbols
+
+RAM = 64 << 20
+BOOT_TIMEOUT = 30.0  # seconds
+KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A machine whose guest waits for commands."""
+
+    machine: Machine
+    driver: Driver
+    symbols: Symbols
+
+
+def _file(name: str) -> Path:
+    return Path(str(files(KERNELS).joinpath("selfguard", name)))
+
+
+@cache
+def kernel_symbols() -> Symbols:
+    """Of the prebuilt kernel."""
+    return Symbols(_file("selfguard.elf"))
+
+
+def tampered(module: bytes) -> bytes:
+    """A signed module with one bit of its code changed: the value that its entry returns."""
+    at = module.index(bytes.fromhex("0d60"))
+    return module[:at] + bytes([module[at] ^ 1]) + module[at + 1 :]
+
+
+def modules() -> list[tuple[bytes, str]]:
+    """What the guest's module command can load, by name."""
+    signed = _file("module.signed.elf").read_bytes()
+    unsigned = _file("module.elf").read_bytes()
+    return [(signed, "good"), (unsigned, "unsigned"), (tampered(signed), "tampered")]
+
+
+@contextmanager
+def boot(lab: Lab, protected: bool) -> Iterator[Guest]:
+    """A started machine, destroyed at the end. VTL1 is on offer either way; only a protected guest takes it.
+
+    Raises:
+        TimedOut, WrongState: the guest did not come up; its log is in the message.
+    """
+    symbols = kernel_symbols()
+    with lab.create(
+        symbols.image, ram=RAM, command_line=f"heki={int(protected)}", modules=modules(), vtl1=True
+    ) as machine:
+        machine.start()
+        machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
+        yield Guest(machine, Driver(machine), symbols)

