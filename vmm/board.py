@@ -1,0 +1,99 @@
+"""What the exits of a machine act on: one generation of it, from a reset to the next.
+
+All that a reset must forget hangs here and is built anew; Memory alone is kept, and zeroed. The board has no states and
+no threads of its own: see vmm.machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vmm.devices.bus import PortBus
+from vmm.events import EventLog
+from vmm.gate import Gate
+from vmm.hyperv_msrs import SyntheticMsrs
+from vmm.memory import Memory
+from vmm.peers import Level
+from vmm.processor import Processor
+from vmm.vtl import PartitionVtl
+from vtlab.v1 import vmm_pb2
+from vtlab.v1.vcpu_pb2 import Enter, ProtectionUpdate, Update
+from vtlab.v1.vmm_pb2 import MachineSpec, MachineState, VtlEvent
+
+# Runs of a protection update that its event keeps; the first ones.
+_EVENT_RUNS = 256
+
+
+class Ending(NamedTuple):
+    """Why a vCPU is not entered again, and what becomes of the machine: STOPPED, FAILED, or RUNNING after a reset.
+
+    UNSPECIFIED: the machine itself asked its threads to end.
+    """
+
+    state: MachineState.ValueType
+    reason: str
+    debug_exit: int | None = None
+
+
+# What handling an exit gives: the next enter, or the end.
+Answer = Enter | Ending
+
+
+def stopped(reason: str, debug_exit: int | None = None) -> Ending:
+    return Ending(vmm_pb2.MACHINE_STATE_STOPPED, reason, debug_exit)
+
+
+def failed(reason: str) -> Ending:
+    return Ending(vmm_pb2.MACHINE_STATE_FAILED, reason)
+
+
+def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
+    """A reset, or the end if the machine's owner prefers that."""
+    return stopped(reason) if spec.stop_on_reset else Ending(vmm_pb2.MACHINE_STATE_RUNNING, reason)
+
+
+@dataclass(slots=True)
+class Board:
+    """Attributes are named for what they are; `monitor` is None where the machine has no VTL1."""
+
+    vm: str
+    spec: MachineSpec
+    memory: Memory
+    events: EventLog
+    gate: Gate
+    guest: Level
+    monitor: Level | None
+    vtl: PartitionVtl
+    msrs: SyntheticMsrs
+    ports: PortBus
+    processors: list[Processor] = field(default_factory=list)
+
+    def protect(self, updates: Sequence[ProtectionUpdate], *, reveal: bool = False) -> None:
+        """Moves pages and changes their rights while no vCPU runs, and has the guest told before any runs again.
+
+        Raises:
+            BadArgument: see Memory.apply; what came before that update is done.
+            TimedOut: a vCPU does not stop.
+        """
+        with self.gate.none_inside():
+            for update in updates:
+                self.memory.apply(update, reveal=reveal)
+                for processor in self.processors:
+                    processor.post(Update(protection=update))
+        for update in updates:
+            kept = update
+            if len(update.runs) > 2 * _EVENT_RUNS:
+                kept = ProtectionUpdate(runs=update.runs[: 2 * _EVENT_RUNS], access=update.access, store=update.store)
+            self.events.record(vmm_pb2.EVENT_KIND_PROTECTION, kept, weight=len(kept.runs) * 16)
+
+    def post_all(self, update: Update) -> None:
+        """Adds an update to the next enter of every vCPU."""
+        for processor in self.processors:
+            processor.post(update)
+
+    def log_vtl(self, processor: Processor, vtl: int, what: str, code: int = 0) -> None:
+        self.events.record(
+            vmm_pb2.EVENT_KIND_VTL, VtlEvent(what=what, code=code), processor.index, vtl, processor.resumed
+        )

@@ -1,0 +1,40 @@
+"""I/O ports that no device of the core claims: which device answers, and what an empty port reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from vtlab.v1.vcpu_pb2 import Update
+
+
+class PortDevice(Protocol):
+    """A device behind I/O ports."""
+
+    @property
+    def ports(self) -> Iterable[int]:
+        """Those it answers."""
+
+    def read(self, port: int, size: int) -> int:
+        """A value of `size` (1, 2, 4) bytes."""
+
+    def write(self, port: int, size: int, value: int) -> Iterable[Update]:
+        """Takes a value; returns what the vCPU that wrote it must be told with its next enter."""
+
+
+class PortBus:
+    """All port devices of a machine, by port."""
+
+    def __init__(self, devices: Iterable[PortDevice]) -> None:
+        self._devices = {port: device for device in devices for port in device.ports}
+
+    def read(self, port: int, size: int) -> int:
+        """An empty port reads all ones, as on a bus that nobody drives."""
+        device = self._devices.get(port)
+        everything = (1 << 8 * size) - 1
+        return device.read(port, size) & everything if device else everything
+
+    def write(self, port: int, size: int, value: int) -> Iterable[Update]:
+        """Writes to an empty port are lost."""
+        device = self._devices.get(port)
+        return device.write(port, size, value) if device else ()

@@ -1,0 +1,35 @@
+"""Ports of QEMU's pc-testdev that kvm-unit-tests use (QEMU: hw/misc/pc-testdev.c).
+
+0xE0-0xE3 echo what was written; 0x2000-0x2017 are the lines of the interrupt controllers.
+"""
+
+from __future__ import annotations
+
+from vtlab.v1.vcpu_pb2 import PendingEvent, Update
+
+ECHO_PORTS = range(0xE0, 0xE4)
+LINE_PORTS = range(0x2000, 0x2018)
+
+
+class TestDevice:
+    """One device of one machine."""
+
+    ports = (*ECHO_PORTS, *LINE_PORTS)
+
+    def __init__(self) -> None:
+        self._echo = bytearray(4)
+
+    def read(self, port: int, size: int) -> int:
+        if port in LINE_PORTS:
+            return (1 << 8 * size) - 1
+        start = port - ECHO_PORTS.start
+        return int.from_bytes(self._echo[start : start + size], "little")
+
+    def write(self, port: int, size: int, value: int) -> tuple[Update, ...]:
+        if port in LINE_PORTS:
+            line = port - LINE_PORTS.start
+            return (Update(event=PendingEvent(irq_pulse=line)),) if value else ()
+        start = port - ECHO_PORTS.start
+        raw = value.to_bytes(size, "little")[: len(self._echo) - start]
+        self._echo[start : start + len(raw)] = raw
+        return ()

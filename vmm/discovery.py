@@ -1,0 +1,37 @@
+"""Hypervisor CPUID leaves of a machine: what is advertised is what is implemented (vtlab.hyperv.cpuid)."""
+
+from __future__ import annotations
+
+from vtlab.hyperv import cpuid
+from vtlab.hyperv.cpuid import Hint, Privilege
+
+_BUILD = 1
+_MAJOR, _MINOR = 10, 0
+_BASE = (
+    Privilege.ACCESS_TIME_REF_COUNT
+    | Privilege.ACCESS_HYPERCALL_MSRS
+    | Privilege.ACCESS_VP_INDEX
+    | Privilege.ACCESS_RESET
+)
+_VSM = Privilege.ACCESS_VSM | Privilege.ACCESS_VP_REGISTERS
+_NEVER_SPIN = 0xFFFF_FFFF
+
+Leaf = tuple[int, int, int, int]
+"""EAX, EBX, ECX, EDX."""
+
+
+def leaves(vp_count: int, vtl1: bool) -> dict[int, Leaf]:
+    """All leaves from 0x40000000 on; others of that range are zero."""
+    privileges = int(_BASE | _VSM if vtl1 else _BASE)
+    return {
+        cpuid.LEAF_VENDOR: (cpuid.LEAF_LIMITS, *cpuid.VENDOR),
+        cpuid.LEAF_INTERFACE: (cpuid.INTERFACE, 0, 0, 0),
+        cpuid.LEAF_VERSION: (_BUILD, _MAJOR << 16 | _MINOR, 0, 0),
+        cpuid.LEAF_FEATURES: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, 0),
+        cpuid.LEAF_HINTS: (int(Hint.RESET_MSR | Hint.RELAXED_TIMING), _NEVER_SPIN, 0, 0),
+        cpuid.LEAF_LIMITS: (vp_count, vp_count, 0, 0),
+    }
+
+
+def leaf(number: int, vp_count: int, vtl1: bool) -> Leaf:
+    return leaves(vp_count, vtl1).get(number, (0, 0, 0, 0))

@@ -1,0 +1,190 @@
+"""Log of what happened to a machine: bounded, numbered, for many readers, none of whom can hold it up.
+
+Recording keeps a reference to the message at hand; the Event itself is built when somebody reads it. Each kind has its
+own ring, so that a flood of exits does not push the last state change out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from vtlab.v1 import vmm_pb2
+from vtlab.v1.vmm_pb2 import Event, EventKind, EventsLost
+
+# kind -> the field of Event.detail that holds its message
+_FIELDS: dict[int, str] = {
+    vmm_pb2.EVENT_KIND_STATE: "state",
+    vmm_pb2.EVENT_KIND_EXIT: "exit",
+    vmm_pb2.EVENT_KIND_VERDICT: "verdict",
+    vmm_pb2.EVENT_KIND_SERIAL: "serial",
+    vmm_pb2.EVENT_KIND_PROTECTION: "protection",
+    vmm_pb2.EVENT_KIND_VTL: "vtl_event",
+    vmm_pb2.EVENT_KIND_DEVICE: "device",
+}
+# Entries of the same kind that are kept, and the sum of their weights (bytes or runs; see record).
+CAPACITY = 2048
+WEIGHT = 4 << 20
+# Seconds after which a waiting reader looks whether its client is still there.
+_LOOK = 1.0
+
+
+class _Entry(NamedTuple):
+    sequence: int
+    time_ns: int
+    vp_index: int
+    vtl: int
+    enter_sequence: int
+    detail: Any  # the message, or (exit, resolution) of a verdict
+    weight: int
+
+
+class _Ring:
+    """The last entries of one kind. `first` is the position of the oldest kept one, counted from the start."""
+
+    def __init__(self, capacity: int, weight: int) -> None:
+        self.entries: deque[_Entry] = deque()
+        self.first = 0
+        self.last_dropped = 0
+        self._capacity = capacity
+        self._weight = weight
+        self._used = 0
+
+    def append(self, entry: _Entry) -> None:
+        entries = self.entries
+        entries.append(entry)
+        self._used += entry.weight
+        while len(entries) > self._capacity or (self._used > self._weight and len(entries) > 1):
+            dropped = entries.popleft()
+            self._used -= dropped.weight
+            self.first += 1
+            self.last_dropped = dropped.sequence
+
+
+class EventLog:
+    """Events of one machine. Thread-safe."""
+
+    def __init__(
+        self, vm: str, numbers: Iterator[int] | None = None, capacity: int = CAPACITY, weight: int = WEIGHT
+    ) -> None:
+        """:param numbers: gives sequence numbers, shared by the machines of a VMM."""
+        self._vm = vm
+        self._numbers = numbers or itertools.count(1)
+        self._lock = threading.Lock()
+        self._rings = {kind: _Ring(capacity, weight) for kind in _FIELDS}
+        self._waiting: dict[int, set[threading.Event]] = {kind: set() for kind in _FIELDS}
+        self._closed = False
+
+    def record(
+        self,
+        kind: EventKind.ValueType,
+        detail: object,
+        vp_index: int = 0,
+        vtl: int = 0,
+        enter_sequence: int = 0,
+        weight: int = 0,
+    ) -> None:
+        """Adds an event.
+
+        Args:
+            detail: the message of that kind, not changed afterwards; for VERDICT a pair (exit, resolution).
+            weight: size of a detail that can be large, so that the log stays bounded in bytes too.
+        """
+        with self._lock:
+            self._rings[kind].append(
+                _Entry(next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)
+            )
+            for waiting in self._waiting[kind]:
+                waiting.set()
+
+    def close(self) -> None:
+        """Readers get what there is, then end."""
+        with self._lock:
+            self._closed = True
+            for readers in self._waiting.values():
+                for waiting in readers:
+                    waiting.set()
+
+    def watch(
+        self, from_sequence: int = 0, kinds: Collection[int] = (), active: Callable[[], bool] = lambda: True
+    ) -> Iterator[Event]:
+        """Events in order, from the first number wanted (0: from the oldest kept), for ever.
+
+        A reader that lags behind gets an EventsLost with the exact number of events of its kinds that it missed.
+
+        Args:
+            kinds: those wanted; empty means all.
+            active: ends the iteration, within a second, once it returns False.
+        """
+        wanted = [kind for kind in _FIELDS if not kinds or kind in kinds]
+        wake = threading.Event()
+        with self._lock:
+            positions = {kind: self._position(self._rings[kind], from_sequence) for kind in wanted}
+            for kind in wanted:
+                self._waiting[kind].add(wake)
+        try:
+            while True:
+                wake.clear()
+                batch, lost, closed = self._take(positions)
+                if lost:
+                    before = batch[0][1].sequence - 1 if batch else 0
+                    yield self._event(before, vmm_pb2.EVENT_KIND_LOST, lost=EventsLost(count=lost))
+                for kind, entry in batch:
+                    yield self._build(kind, entry)
+                if not batch:
+                    if closed or not active():
+                        return
+                    wake.wait(_LOOK)
+        finally:
+            with self._lock:
+                for kind in wanted:
+                    self._waiting[kind].discard(wake)
+
+    def kept(self, kinds: Collection[int] = ()) -> list[Event]:
+        """The events that are kept now, in order."""
+        wanted = {kind: self._rings[kind].first for kind in _FIELDS if not kinds or kind in kinds}
+        return [self._build(kind, entry) for kind, entry in self._take(wanted)[0]]
+
+    @staticmethod
+    def _position(ring: _Ring, from_sequence: int) -> int:
+        """Where a reader starts in a ring. It may lie before the oldest kept entry: those are then lost to it."""
+        if from_sequence == 0 or from_sequence > ring.last_dropped:
+            return ring.first + bisect_left(ring.entries, from_sequence, key=lambda entry: entry.sequence)
+        return max(0, ring.first - (ring.last_dropped - from_sequence + 1))
+
+    def _take(self, positions: dict[int, int]) -> tuple[list[tuple[int, _Entry]], int, bool]:
+        """What is new since `positions`, which it advances; the number of events lost; whether the log is closed."""
+        batch: list[tuple[int, _Entry]] = []
+        lost = 0
+        with self._lock:
+            for kind, position in positions.items():
+                ring = self._rings[kind]
+                lost += max(0, ring.first - position)
+                skip = max(0, position - ring.first)
+                batch += [(kind, entry) for entry in itertools.islice(ring.entries, skip, None)]
+                positions[kind] = ring.first + len(ring.entries)
+            closed = self._closed
+        batch.sort(key=lambda item: item[1].sequence)
+        return batch, lost, closed
+
+    def _build(self, kind: int, entry: _Entry) -> Event:
+        detail = entry.detail
+        if kind == vmm_pb2.EVENT_KIND_VERDICT:
+            exit_, resolution = detail
+            detail = vmm_pb2.Verdict(exit=exit_, resolution=resolution)
+        event = self._event(entry.sequence, kind, **{_FIELDS[kind]: detail})
+        event.time.CopyFrom(Timestamp(seconds=entry.time_ns // 10**9, nanos=entry.time_ns % 10**9))
+        event.vp_index = entry.vp_index
+        event.vtl = entry.vtl
+        event.enter_sequence = entry.enter_sequence
+        return event
+
+    def _event(self, sequence: int, kind: int, **detail: Any) -> Event:
+        return Event(sequence=sequence, vm=self._vm, kind=EventKind.Name(kind), **detail)  # type: ignore[arg-type]

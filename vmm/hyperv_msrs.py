@@ -1,0 +1,113 @@
+"""Synthetic MSRs of VTL0 as a table: index -> what reads and writes of it do (TLFS; vtlab.hyperv.msrs)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmm.memory import WRITE, Memory
+from vmm.vtl import VTL0, VpVtl
+from vtlab.errors import VtlabError
+from vtlab.hyperv.msrs import HYPERCALL_LOCKED, PAGE_ENABLE, PAGE_NUMBER_SHIFT, RESET_REQUEST, HvMsr
+from vtlab.ram import PAGE_SIZE
+from vtlab.v1.vcpu_pb2 import HypercallPage, Update
+
+
+class GeneralProtectionError(Exception):
+    """The access takes #GP(0)."""
+
+
+class ResetRequestError(Exception):
+    """The guest asked for a reset of the machine."""
+
+
+@dataclass(slots=True)
+class SyntheticMsrs:
+    """Those of a partition; what each VP has of its own is in VpVtl.
+
+    Attributes:
+        guest_os_id, hypercall: as the guest wrote them.
+        started: time.monotonic_ns() of the partition's creation.
+    """
+
+    memory: Memory
+    guest_os_id: int = 0
+    hypercall: int = 0
+    started: int = 0
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic_ns()
+
+    def read(self, index: int, vp_index: int, vp: VpVtl) -> int:
+        """Raises GeneralProtectionError for an index that is not implemented."""
+        row = _TABLE.get(index)
+        if row is None:
+            raise GeneralProtectionError
+        return row[0](self, vp_index, vp)
+
+    def write(self, index: int, value: int, vp: VpVtl) -> list[Update]:
+        """What the guest must be told before it goes on.
+
+        Raises:
+            GeneralProtectionError: not implemented, read-only, or a value that is not legal.
+            ResetRequestError: by the RESET MSR.
+        """
+        row = _TABLE.get(index)
+        if row is None or row[1] is None:
+            raise GeneralProtectionError
+        return row[1](self, value, vp)
+
+    def reference_time(self) -> int:
+        """Units of 100 ns since the partition was created."""
+        return (time.monotonic_ns() - self.started) // 100
+
+
+def _write_guest_os_id(msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update]:
+    msrs.guest_os_id = value
+    if value or not msrs.hypercall & PAGE_ENABLE:
+        return []
+    msrs.hypercall &= ~PAGE_ENABLE
+    return [Update(hypercall_page=HypercallPage(enabled=False, gfn=msrs.hypercall >> PAGE_NUMBER_SHIFT))]
+
+
+def _write_hypercall(msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update]:
+    """The page covers what lies there, so it may only be put where VTL0 could have written."""
+    if msrs.hypercall & HYPERCALL_LOCKED:
+        raise GeneralProtectionError
+    if not msrs.guest_os_id:
+        value &= ~PAGE_ENABLE
+    gfn = value >> PAGE_NUMBER_SHIFT
+    if value & PAGE_ENABLE:
+        try:
+            msrs.memory.check(gfn * PAGE_SIZE, PAGE_SIZE, WRITE)
+        except VtlabError:
+            raise GeneralProtectionError from None
+    msrs.hypercall = value
+    return [Update(hypercall_page=HypercallPage(enabled=bool(value & PAGE_ENABLE), gfn=gfn))]
+
+
+def _write_assist_page(_msrs: SyntheticMsrs, value: int, vp: VpVtl) -> list[Update]:
+    vp.assist_page[VTL0] = value
+    return []
+
+
+def _write_reset(_msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update]:
+    if value & RESET_REQUEST:
+        raise ResetRequestError
+    return []
+
+
+_Read = Callable[[SyntheticMsrs, int, VpVtl], int]
+_Write = Callable[[SyntheticMsrs, int, VpVtl], list[Update]]
+
+# index -> (read, write); None: #GP.
+_TABLE: dict[int, tuple[_Read, _Write | None]] = {
+    HvMsr.GUEST_OS_ID: (lambda msrs, _index, _vp: msrs.guest_os_id, _write_guest_os_id),
+    HvMsr.HYPERCALL: (lambda msrs, _index, _vp: msrs.hypercall, _write_hypercall),
+    HvMsr.VP_INDEX: (lambda _msrs, index, _vp: index, None),
+    HvMsr.RESET: (lambda _msrs, _index, _vp: 0, _write_reset),
+    HvMsr.TIME_REF_COUNT: (lambda msrs, _index, _vp: msrs.reference_time(), None),
+    HvMsr.VP_ASSIST_PAGE: (lambda _msrs, _index, vp: vp.assist_page[VTL0], _write_assist_page),
+}
+IMPLEMENTED = frozenset(_TABLE)

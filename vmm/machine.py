@@ -1,0 +1,354 @@
+"""One machine: its state, its threads, and the moves between states (vmm.states has the table).
+
+The state has one owner, this class, under one lock. A vCPU that ends reports here from its own thread; what follows
+(stopping the others, resetting) is done by another one, so that no thread waits for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vmm import client_access
+from vmm.board import Board, Ending
+from vmm.devices.bus import PortBus
+from vmm.devices.fw_cfg import FwCfg
+from vmm.devices.testdev import TestDevice
+from vmm.events import EventLog
+from vmm.gate import Gate
+from vmm.hyperv_msrs import SyntheticMsrs
+from vmm.images import ImageStore
+from vmm.memory import Memory
+from vmm.peers import Level
+from vmm.processor import Processor
+from vmm.run_loop import run
+from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
+from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
+from vtlab.errors import TimedOut, VtlabError
+from vtlab.v1 import vmm_pb2
+from vtlab.v1.registers_pb2 import ProcessorState
+from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, Update
+from vtlab.v1.vmm_pb2 import DeviceEvent, HijackRequest, MachineSpec, MachineState
+
+_log = logging.getLogger(__name__)
+
+# Seconds for a level to let go when the machine stops, before its streams are cut.
+_STOP_PATIENCE = 5.0
+# What a reset, a failure or the end of a vCPU is, by the state that the vCPU's thread asks for.
+_FROM_INSIDE = {RUNNING: Operation.GUEST_RESETS, STOPPED: Operation.GUEST_ENDS, FAILED: Operation.BREAK}
+
+
+class Machine:
+    """Thread-safe.
+
+    Attributes:
+        vm: its name.
+        spec: as it was created.
+        events: what happened to it.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        spec: MachineSpec,
+        directory: Path,
+        images: ImageStore,
+        guest: Level,
+        monitor: Level | None,
+        events: EventLog,
+    ) -> None:
+        """Creates it in `directory`, which must not exist, and has both levels attach; nothing is left if that fails.
+
+        Args:
+            monitor: None where the machine has no VTL1.
+
+        Raises:
+            NotFound: an image was not uploaded.
+            BadImage: VTL0 cannot load it.
+            PeerUnavailable: a level is not there.
+        """
+        self.vm = vm
+        self.spec = spec
+        self.events = events
+        self._guest = guest
+        self._monitor = monitor
+        self._directory = directory
+        self._state: MachineState.ValueType = CREATED
+        self._reason = ""
+        self._debug_exit: int | None = None
+        self._generation = 1
+        self._control = threading.RLock()
+        self._threads: list[threading.Thread] = []
+        directory.mkdir(parents=True)
+        try:
+            # VTL1 is the folder's group and VTL0 among the others where they have uids of their own (vtlab.ram.MODES).
+            directory.chmod(stat.S_IMODE(directory.stat().st_mode) & stat.S_ISGID | 0o751)
+            self._image = self._place_images(images)
+            self._memory = Memory(directory, spec.ram_size, self._code_written)
+            self._board = self._new_board()
+            self._attach()
+        except BaseException:
+            self._forget()
+            raise
+        self._spawn()
+        self._log_state()
+
+    # -------------------------------------------------------------------------------------------------- for everyone
+
+    def describe(self) -> vmm_pb2.Machine:
+        """A copy of its state; never waits for the machine."""
+        board = self._board
+        return vmm_pb2.Machine(
+            vm=self.vm,
+            state=self._state,
+            spec=self.spec,
+            generation=self._generation,
+            vtl1_enabled=board.processors[0].vtl.has(VTL1),
+            debug_exit=self._debug_exit,
+            reason=self._reason,
+        )
+
+    @contextmanager
+    def doing(self, operation: Operation, *, parked: bool = False) -> Iterator[Board]:
+        """The board, for an operation that leaves the state as it is.
+
+        Args:
+            parked: no vCPU runs and no exit is open within the block.
+
+        Raises:
+            WrongState: not legal now.
+            TimedOut: a vCPU does not come out.
+        """
+        with self._control:
+            after(self._state, operation, self.vm)
+            if not parked:
+                yield self._board
+                return
+            with self._board.gate.all_parked():
+                yield self._board
+
+    # ------------------------------------------------------------------------------------------------------ the moves
+
+    def start(self) -> vmm_pb2.Machine:
+        return self._move(Operation.START, self._board.gate.release)
+
+    def pause(self) -> vmm_pb2.Machine:
+        return self._move(Operation.PAUSE, self._board.gate.park)
+
+    def resume(self) -> vmm_pb2.Machine:
+        return self._move(Operation.RESUME, self._board.gate.release)
+
+    def stop(self) -> vmm_pb2.Machine:
+        return self._move(Operation.STOP, self._stop_threads, "stopped by the operator")
+
+    def reset(self) -> vmm_pb2.Machine:
+        return self._move(Operation.RESET, self._renew, "reset by the operator")
+
+    def hijack(self, request: HijackRequest) -> ProcessorState:
+        """Stops the vCPUs, places code with VTL0's rights and registers as clients may, and goes on if asked.
+
+        Returns:
+            The state before it.
+        """
+        with self._control:
+            after(self._state, Operation.HIJACK, self.vm)
+            board = self._board
+            if self._state == RUNNING:
+                board.gate.park()
+            try:
+                before = client_access.get_registers(board, request.vp_index)
+                if request.code:
+                    client_access.write_memory(board, request.code_gpa, request.code)
+                client_access.set_registers(board, request.vp_index, request.registers)
+            except BaseException:
+                if self._state == RUNNING:
+                    board.gate.release()
+                raise
+            if request.resume:
+                board.gate.release()
+            self._enter_state(RUNNING if request.resume else PAUSED)
+            return before
+
+    def destroy(self) -> None:
+        """Ends it and removes its memory. The levels forget it as far as they can be reached."""
+        with self._control:
+            after(self._state, Operation.DESTROY, self.vm)
+            self._stop_threads()
+            self._forget()
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _move(self, operation: Operation, act: Callable[[], object], reason: str = "") -> vmm_pb2.Machine:
+        """Does an operation and takes the state that follows. If it fails half-way, the machine is FAILED."""
+        with self._control:
+            following = after(self._state, operation, self.vm)
+            try:
+                act()
+            except VtlabError as error:
+                self._break(f"cannot {operation}: {error}")
+                raise
+            self._enter_state(following, reason if following == STOPPED else "")
+            return self.describe()
+
+    def _enter_state(self, state: MachineState.ValueType, reason: str = "", debug_exit: int | None = None) -> None:
+        self._state, self._reason, self._debug_exit = state, reason, debug_exit
+        self._log_state()
+
+    def _log_state(self) -> None:
+        self.events.record(vmm_pb2.EVENT_KIND_STATE, self.describe())
+
+    def _break(self, reason: str) -> None:
+        _log.error("machine %s: %s", self.vm, reason)
+        self._stop_threads()
+        self._enter_state(FAILED, reason)
+
+    def _drive(self, board: Board, processor: Processor) -> None:
+        """A vCPU's thread."""
+        ending = run(board, processor)
+        if ending.state:
+            name = f"{self.vm}-ending"
+            threading.Thread(target=self._conclude, args=(board, ending), name=name, daemon=True).start()
+
+    def _conclude(self, board: Board, ending: Ending) -> None:
+        """What a vCPU's end means for the machine; one that belongs to an earlier generation means nothing."""
+        with self._control:
+            operation = _FROM_INSIDE[ending.state]
+            if board is not self._board or self._state in (STOPPED, FAILED):
+                return
+            following = after(self._state, operation, self.vm)
+            if operation is Operation.BREAK:
+                self._break(ending.reason)
+                return
+            try:
+                if operation is Operation.GUEST_RESETS:
+                    self._renew()
+                else:
+                    self._stop_threads()
+            except VtlabError as error:
+                self._break(f"cannot {operation}: {error}")
+                return
+            if following == RUNNING:
+                _log.info("machine %s: %s", self.vm, ending.reason)
+                self._enter_state(following)
+            else:
+                self._enter_state(following, ending.reason, ending.debug_exit)
+
+    def _renew(self) -> None:
+        """RESET: protections lifted, VTL1 destroyed, all memory zeroed, the image loaded again, running."""
+        self._stop_threads()
+        self._detach()
+        self._memory.reset()
+        self._generation += 1
+        self._board = self._new_board()
+        self._attach()
+        self._board.log_vtl(self._board.processors[0], VTL0, "reset")
+        self._spawn()
+        self._board.gate.release()
+
+    def _new_board(self) -> Board:
+        spec = self.spec
+        gate = Gate(spec.vp_count, self._guest.kick)
+        gate.hold()  # until start
+        board = Board(
+            vm=self.vm,
+            spec=spec,
+            memory=self._memory,
+            events=self.events,
+            gate=gate,
+            guest=self._guest,
+            monitor=self._monitor,
+            vtl=PartitionVtl(offered=spec.vtl1 and self._monitor is not None),
+            msrs=SyntheticMsrs(self._memory),
+            ports=PortBus([FwCfg(self._memory, spec.vp_count, self._log_device), TestDevice()]),
+        )
+        board.processors += [
+            Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)
+        ]
+        return board
+
+    def _spawn(self) -> None:
+        board = self._board
+        self._threads = [
+            threading.Thread(
+                target=self._drive, args=(board, processor), name=f"{self.vm}-vcpu{processor.index}", daemon=True
+            )
+            for processor in board.processors
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _stop_threads(self) -> None:
+        """Ends the vCPUs' threads; a level that does not let go has its streams cut."""
+        threads, self._threads = self._threads, []
+        if not threads:
+            return
+        try:
+            self._board.gate.close(_STOP_PATIENCE)
+        except TimedOut as error:
+            _log.warning("machine %s: %s", self.vm, error)
+            for level in self._levels():
+                level.hang_up()
+        for thread in threads:
+            thread.join(_STOP_PATIENCE)
+
+    # --------------------------------------------------------------------------------------------- images and levels
+
+    def _place_images(self, images: ImageStore) -> BootImage:
+        """Copies of the image and modules into the memory folder; returns the BootImage that names them."""
+        boot = BootImage()
+        boot.CopyFrom(self.spec.image)
+        boot.path = "image"
+        images.copy(boot.sha256, self._directory / boot.path)
+        modules = []
+        for number, module in enumerate(boot.modules):
+            path = f"module-{number}"
+            images.copy(module.sha256, self._directory / path)
+            modules.append(BootModule(path=path, sha256=module.sha256, command_line=module.command_line))
+        del boot.modules[:]
+        boot.modules.extend(modules)
+        return boot
+
+    def _levels(self) -> list[Level]:
+        """VTL1 first: it must be there, with the image, before VTL0 can run."""
+        return [level for level in (self._monitor, self._guest) if level is not None]
+
+    def _attach(self) -> None:
+        for level in self._levels():
+            level.attach(
+                AttachRequest(
+                    vm=self.vm,
+                    generation=self._generation,
+                    vtl=level.vtl,
+                    vp_count=self.spec.vp_count,
+                    ram_size=self.spec.ram_size,
+                    memory_directory=str(self._directory),
+                    image=self._image,
+                )
+            )
+
+    def _detach(self) -> None:
+        """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""
+        for level in self._levels():
+            with suppress(VtlabError):
+                level.detach(self.vm)
+
+    def _forget(self) -> None:
+        self._detach()
+        for level in self._levels():
+            level.close()
+        memory = getattr(self, "_memory", None)
+        if memory is not None:
+            memory.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self.events.close()
+
+    def _code_written(self, pages: list[int]) -> None:
+        self._board.post_all(Update(invalidate_code=InvalidateCode(gfns=pages)))
+
+    def _log_device(self, event: DeviceEvent) -> None:
+        self.events.record(vmm_pb2.EVENT_KIND_DEVICE, event)

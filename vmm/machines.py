@@ -1,0 +1,103 @@
+"""The machines of a VMM by name, and who serves their levels."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from vmm.events import EventLog
+from vmm.images import ImageStore
+from vmm.machine import Machine
+from vmm.peers import Level
+from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported
+from vtlab.v1.vmm_pb2 import MachineSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+RAM_GRANULE = 2 << 20
+MAX_RAM = 64 << 30
+MAX_VP_COUNT = 64
+
+
+class Dial(Protocol):
+    """Gives the processes that serve a machine's levels."""
+
+    def __call__(self, vtl: int) -> Level:
+        """A level that nobody uses yet. Raises PeerUnavailable, or Unsupported if there is none for that VTL."""
+
+
+class Machines:
+    """All machines of a VMM: one, since a guest process and a monitor serve one at a time. Thread-safe."""
+
+    def __init__(self, directory: Path, dial: Dial) -> None:
+        """:param directory: holds the images and one folder a machine."""
+        self.images = ImageStore(directory / "images")
+        self._directory = directory / "machines"
+        self._dial = dial
+        self._machines: dict[str, Machine] = {}
+        self._creating: str | None = None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+
+    def create(self, vm: str, spec: MachineSpec) -> Machine:
+        """Raises AlreadyExists, BadArgument, LimitExceeded, and what Machine() raises."""
+        check_spec(vm, spec)
+        with self._lock:
+            if vm in self._machines or vm == self._creating:
+                raise AlreadyExists(f"machine '{vm}'", "the name is taken")
+            other = next(iter(self._machines), self._creating)
+            if other is not None:
+                raise LimitExceeded(f"machine '{vm}'", f"the levels serve machine '{other}'; destroy it first", limit=1)
+            self._creating = vm
+        try:
+            guest = self._dial(0)
+            monitor = self._dial(1) if spec.vtl1 else None
+            folder = self._directory / vm
+            machine = Machine(vm, spec, folder, self.images, guest, monitor, EventLog(vm, self._numbers))
+            with self._lock:
+                self._machines[vm] = machine
+        finally:
+            with self._lock:
+                self._creating = None
+        return machine
+
+    def get(self, vm: str) -> Machine:
+        """Raises NotFound."""
+        with self._lock:
+            machine = self._machines.get(vm)
+        if machine is None:
+            raise NotFound(f"machine '{vm}'", "does not exist")
+        return machine
+
+    def all(self) -> list[Machine]:
+        with self._lock:
+            return list(self._machines.values())
+
+    def destroy(self, vm: str) -> None:
+        """Raises NotFound."""
+        self.get(vm).destroy()
+        with self._lock:
+            self._machines.pop(vm, None)
+
+    def close(self) -> None:
+        """Destroys all machines: nothing of them outlives the VMM."""
+        for machine in self.all():
+            self.destroy(machine.vm)
+
+
+def check_spec(vm: str, spec: MachineSpec) -> None:
+    """Raises BadArgument that names the field at fault."""
+    checks: tuple[tuple[str, Callable[[], bool], str], ...] = (
+        ("vm", lambda: bool(_NAME.fullmatch(vm)), "1 to 63 letters, digits, dots, dashes or underscores"),
+        ("spec.ram_size", lambda: 0 < spec.ram_size <= MAX_RAM, f"1 to {MAX_RAM} bytes"),
+        ("spec.ram_size", lambda: spec.ram_size % RAM_GRANULE == 0, "a multiple of 2 MiB"),
+        ("spec.vp_count", lambda: 0 < spec.vp_count <= MAX_VP_COUNT, f"1 to {MAX_VP_COUNT}"),
+    )
+    for field, holds, wanted in checks:
+        if not holds():
+            raise BadArgument(field, f"must be {wanted}")
+    if spec.vp_count > 1:
+        raise Unsupported("spec.vp_count", f"{spec.vp_count}: machines have one vCPU")

@@ -1,0 +1,195 @@
+"""The two levels as the VMM sees them: a vCPU is entered and exits.
+
+One stream a vCPU carries enters and exits. If it breaks, the same enter is sent again on a new stream within a budget:
+by the contract it does nothing twice. What a level answers is checked here; nobody else has to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from queue import SimpleQueue
+
+import grpc
+import tenacity
+
+from vtlab.errors import Cancelled, GuestMisbehaved, PeerUnavailable, VtlabError
+from vtlab.status import from_rpc_error, translated
+from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
+from vtlab.v1.registers_pb2 import ProcessorState
+from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunRequest, RunResponse
+
+# Seconds that Attach, Detach, Kick and GetState may take, and that a broken stream may take to come back.
+CALL_TIMEOUT = 30.0
+REDIAL_BUDGET = 3.0
+# Bytes of an exit of VTL0, whose process may be hostile: registers, an instruction, some KiB of serial output.
+MAX_GUEST_EXIT = 64 << 10
+
+_RUN = f"/{vcpu_pb2.DESCRIPTOR.services_by_name['VcpuService'].full_name}/Run"
+
+
+class _Stream:
+    """Enters and exits of one vCPU, one at a time."""
+
+    def __init__(self, run: grpc.StreamStreamMultiCallable[RunRequest, RunResponse]) -> None:
+        self._requests: SimpleQueue[RunRequest | None] = SimpleQueue()
+        self._call = run(iter(self._requests.get, None))
+        self._responses: Iterator[RunResponse] = iter(self._call)
+
+    def enter(self, request: RunRequest) -> Exit:
+        self._requests.put(request)
+        try:
+            return next(self._responses).exit
+        except StopIteration:
+            raise PeerUnavailable("stream", "ended by the peer") from None
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._call.cancel()
+
+
+class Level:
+    """One level of one machine, in another process.
+
+    Attributes:
+        name: role and address, for errors.
+        vtl: 0 or 1.
+    """
+
+    def __init__(self, channel: grpc.Channel, vtl: int, name: str, patience: float | None = None) -> None:
+        """:param patience: seconds within which enter() must be answered; None for ever (a guest runs)."""
+        self.name = name
+        self.vtl = vtl
+        self.patience = patience
+        self._stub = vcpu_pb2_grpc.VcpuServiceStub(channel)
+        self._run: grpc.StreamStreamMultiCallable[RunRequest, RunResponse] = channel.stream_stream(
+            _RUN, request_serializer=RunRequest.SerializeToString, response_deserializer=self._parse
+        )
+        self._streams: dict[int, _Stream] = {}
+        self._deadlines: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        if patience is not None:
+            threading.Thread(target=self._watch, name=f"watch-vtl{vtl}", daemon=True).start()
+
+    def attach(self, request: AttachRequest) -> None:
+        """Binds the process to a machine. Raises what the process refuses with, or PeerUnavailable."""
+        with translated(self.name):
+            self._stub.Attach(request, timeout=CALL_TIMEOUT)
+
+    def detach(self, vm: str) -> None:
+        """Ends the streams and makes the process forget the machine."""
+        self.hang_up()
+        with translated(self.name):
+            self._stub.Detach(vcpu_pb2.DetachRequest(vm=vm), timeout=CALL_TIMEOUT)
+
+    def state(self, vp_index: int) -> ProcessorState:
+        """Reads a vCPU that is not running."""
+        with translated(self.name):
+            return self._stub.GetState(vcpu_pb2.GetStateRequest(vp_index=vp_index), timeout=CALL_TIMEOUT).state
+
+    def kick(self, vp_index: int, sequence: int) -> bool:
+        """Makes that enter exit soon. False if it had exited already, or if the level cannot be reached."""
+        try:
+            request = vcpu_pb2.KickRequest(vp_index=vp_index, sequence=sequence)
+            return self._stub.Kick(request, timeout=CALL_TIMEOUT).running
+        except grpc.RpcError:
+            return False  # who waits for the exit learns from the stream that the level is gone
+
+    def enter(self, enter: Enter) -> Exit:
+        """Runs a vCPU until it exits.
+
+        Raises:
+            PeerUnavailable: the level is gone, or did not answer in time.
+            GuestMisbehaved: its answer is not one to this enter.
+            Cancelled: hang_up() was called.
+        """
+        request = RunRequest(enter=enter)
+        vp_index = enter.vp_index
+        if self.patience is not None:
+            self._deadlines[vp_index] = time.monotonic() + self.patience
+        try:
+            stream = self._streams.get(vp_index) or self._open(vp_index)
+            exit_ = stream.enter(request)
+        except (grpc.RpcError, PeerUnavailable) as error:
+            exit_ = self._again(request, error)
+        finally:
+            if self.patience is not None:
+                self._deadlines.pop(vp_index, None)
+        if exit_.sequence != enter.sequence or exit_.vp_index != vp_index or exit_.vtl != self.vtl:
+            raise GuestMisbehaved(
+                self.name,
+                f"answered enter {enter.sequence} of vCPU {vp_index} with exit {exit_.sequence} of vCPU "
+                f"{exit_.vp_index} at VTL{exit_.vtl}",
+            )
+        return exit_
+
+    def hang_up(self) -> None:
+        """Ends all streams: who waits in enter() gets Cancelled. The next enter() opens a new one."""
+        with self._lock:
+            streams = list(self._streams.values())
+            self._streams.clear()
+        for stream in streams:
+            stream.close()
+
+    def close(self) -> None:
+        self._closed = True
+        self.hang_up()
+
+    def _open(self, vp_index: int) -> _Stream:
+        stream = _Stream(self._run)
+        with self._lock:
+            self._streams[vp_index] = stream
+        return stream
+
+    def _again(self, request: RunRequest, first: Exception) -> Exit:
+        """Repeats an enter on new streams until the level is back, the budget is spent, or it refuses."""
+        vp_index = request.enter.vp_index
+        failure = self._translate(first, vp_index)
+        if not isinstance(failure, PeerUnavailable) or self._late(vp_index):
+            raise failure from None
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(REDIAL_BUDGET),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=0.5),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, PeerUnavailable) and not self._late(vp_index)
+            ),
+            reraise=True,
+        )
+        return attempts(self._once, request)
+
+    def _once(self, request: RunRequest) -> Exit:
+        vp_index = request.enter.vp_index
+        try:
+            return self._open(vp_index).enter(request)
+        except grpc.RpcError as error:
+            raise self._translate(error, vp_index) from None
+
+    def _translate(self, error: Exception, vp_index: int) -> VtlabError:
+        if self._late(vp_index):
+            return PeerUnavailable(self.name, f"did not answer within {self.patience:g} s")
+        if isinstance(error, grpc.RpcError):
+            failure = from_rpc_error(error, self.name)
+            return Cancelled(self.name, "hung up") if isinstance(failure, Cancelled) else failure
+        return PeerUnavailable(self.name, str(error))
+
+    def _late(self, vp_index: int) -> bool:
+        return time.monotonic() > self._deadlines.get(vp_index, float("inf"))
+
+    def _watch(self) -> None:
+        """Cancels the stream of an enter that is not answered in time; the waiting thread then reports it."""
+        assert self.patience is not None
+        tick = threading.Event()
+        while not self._closed:
+            tick.wait(min(0.25, self.patience / 4))
+            for vp_index in [vp for vp, deadline in list(self._deadlines.items()) if time.monotonic() > deadline]:
+                with self._lock:
+                    stream = self._streams.pop(vp_index, None)
+                if stream is not None:
+                    stream.close()
+
+    def _parse(self, data: bytes) -> RunResponse:
+        if not self.vtl and len(data) > MAX_GUEST_EXIT:
+            return RunResponse()  # answers no enter, so enter() refuses it
+        return RunResponse.FromString(data)

@@ -1,0 +1,81 @@
+"""Reading one register out of a ProcessorState, by name: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vtlab.v1.registers_pb2 import ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
+
+_GENERAL = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+)
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_TABLES = ("idtr", "gdtr")
+_DEBUG = ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
+
+# While VTL1 is on, clients may set these without asking it.
+FREE_REGISTERS = frozenset(int(RegisterName.Value(f"REGISTER_NAME_{name.upper()}")) for name in _GENERAL)
+
+
+def _number(name: str) -> int:
+    return int(RegisterName.Value(f"REGISTER_NAME_{name.upper()}"))
+
+
+def _word(name: str) -> Callable[[ProcessorState], int]:
+    return lambda state: int(getattr(state.registers, name))
+
+
+def _debug(position: int) -> Callable[[ProcessorState], int]:
+    return lambda state: state.debug[position] if position < len(state.debug) else 0
+
+
+_WORDS: dict[int, Callable[[ProcessorState], int]] = {
+    **{_number(name): _word(name) for name in (*_GENERAL, *_CONTROL)},
+    **{_number(name): _debug(position) for position, name in enumerate(_DEBUG)},
+    _number("xfem"): lambda state: state.xcr0,
+}
+_SEGMENT_NAMES = {_number(name): name for name in _SEGMENTS}
+_TABLE_NAMES = {_number(name): name for name in _TABLES}
+REGISTERS = frozenset(_WORDS) | frozenset(_SEGMENT_NAMES) | frozenset(_TABLE_NAMES)
+
+
+def segment(state: ProcessorState, name: int) -> Segment | None:
+    """ES to TR, or None if the register is no segment."""
+    field = _SEGMENT_NAMES.get(name)
+    if field is None:
+        return None
+    holder = state.registers if field in ("cs", "ss", "ds") else state
+    found: Segment = getattr(holder, field)
+    return found
+
+
+def table(state: ProcessorState, name: int) -> TableRegister | None:
+    """IDTR or GDTR, or None."""
+    field = _TABLE_NAMES.get(name)
+    found: TableRegister | None = getattr(state, field) if field else None
+    return found
+
+
+def word(state: ProcessorState, name: int) -> int:
+    """The 64-bit value of a register that has one; KeyError for others."""
+    return _WORDS[name](state)
+
+
+def register(state: ProcessorState, name: RegisterName.ValueType) -> RegisterValue:
+    """Any register; KeyError if there is no such."""
+    if name in _WORDS:
+        return RegisterValue(name=name, value=word(state, name))
+    found = segment(state, name)
+    if found is not None:
+        return RegisterValue(name=name, segment=found)
+    descriptor = table(state, name)
+    if descriptor is None:
+        raise KeyError(name)
+    return RegisterValue(name=name, table=descriptor)
+
+
+def msr(state: ProcessorState, index: int) -> int | None:
+    """An MSR that the core models, or None."""
+    return next((item.value for item in state.msrs if item.index == index), None)

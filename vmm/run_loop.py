@@ -1,0 +1,37 @@
+"""The run loop of one vCPU: enter, exit, serve, enter again. One thread a vCPU.
+
+It fails closed: whatever goes wrong (a level is gone or silent, an exit makes no sense, a defect of ours), the vCPU is
+not entered again and the machine ends with the reason. It never runs without its answer.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from vmm.board import Answer, Board, Ending, failed
+from vmm.exits import serve
+from vmm.processor import Processor
+from vtlab.errors import Cancelled, VtlabError
+from vtlab.v1 import vmm_pb2
+from vtlab.v1.vcpu_pb2 import Enter
+
+_log = logging.getLogger(__name__)
+
+
+def run(board: Board, processor: Processor) -> Ending:
+    """Runs a vCPU until the machine ends, is reset, or is told to stop. Never raises."""
+    try:
+        answer: Answer = processor.resume()
+        while isinstance(answer, Enter):
+            exit_ = processor.run_guest(answer)
+            answer = serve(board, processor, exit_)
+        return answer
+    except Cancelled as error:
+        return Ending(vmm_pb2.MACHINE_STATE_UNSPECIFIED, str(error))
+    except VtlabError as error:
+        return failed(str(error))
+    except Exception as error:  # noqa: BLE001 - a defect must end the machine, not leave it half alive
+        _log.exception("vCPU %d of %s", processor.index, board.vm)
+        return failed(f"vCPU {processor.index}: {type(error).__name__}: {error}")
+    finally:
+        board.gate.gone(processor.index)

@@ -1,0 +1,52 @@
+"""The VMM as a process."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+
+from vmm.machines import Machines
+from vmm.peers import Level
+from vmm.service import VmmService
+from vtlab.channels import ServerConfig, dial, serve
+from vtlab.errors import Unsupported
+from vtlab.trust.roles import Role
+from vtlab.v1 import vmm_pb2_grpc
+
+# Seconds within which VTL1 must answer an enter.
+MONITOR_PATIENCE = 10.0
+
+
+class Levels:
+    """Channels to the guest and the monitor, dialled when a machine first needs them and kept."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._channels: dict[Role, grpc.Channel] = {}
+
+    def __call__(self, vtl: int) -> Level:
+        """Raises PeerUnavailable if nobody answers, Unsupported if no address was given."""
+        role, address = ((Role.GUEST, self._config.guest), (Role.MONITOR, self._config.monitor))[vtl]
+        if not address:
+            raise Unsupported(f"VTL{vtl}", f"this VMM was given no address of a {role}")
+        if role not in self._channels:
+            self._channels[role] = dial(address, self._config.trust, Role.VMM, role)
+        return Level(self._channels[role], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+
+
+def main(config: ServerConfig) -> None:
+    """Serves until SIGTERM; then every machine is destroyed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    levels = Levels(config)
+    machines = Machines(config.state, levels)
+    server = serve(config, lambda target: vmm_pb2_grpc.add_VmmServiceServicer_to_server(VmmService(machines), target))
+    try:
+        server.wait()
+    finally:
+        machines.close()
+        levels.close()

@@ -1,0 +1,118 @@
+"""VmmService: every method only forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from vmm import client_access
+from vmm.machines import Machines
+from vmm.states import Operation
+from vtlab.v1 import vmm_pb2, vmm_pb2_grpc
+
+
+class VmmService(vmm_pb2_grpc.VmmServiceServicer):
+    """Errors leave as VtlabError; the server's gate turns them into statuses."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+
+    def UploadImage(
+        self, request_iterator: Iterator[vmm_pb2.UploadImageRequest], context: grpc.ServicerContext
+    ) -> vmm_pb2.UploadImageResponse:
+        sha256, size = self._machines.images.add(request.chunk for request in request_iterator)
+        return vmm_pb2.UploadImageResponse(sha256=sha256, size=size)
+
+    def CreateMachine(
+        self, request: vmm_pb2.CreateMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.CreateMachineResponse:
+        return vmm_pb2.CreateMachineResponse(machine=self._machines.create(request.vm, request.spec).describe())
+
+    def StartMachine(
+        self, request: vmm_pb2.StartMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.StartMachineResponse:
+        return vmm_pb2.StartMachineResponse(machine=self._machines.get(request.vm).start())
+
+    def PauseMachine(
+        self, request: vmm_pb2.PauseMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.PauseMachineResponse:
+        return vmm_pb2.PauseMachineResponse(machine=self._machines.get(request.vm).pause())
+
+    def ResumeMachine(
+        self, request: vmm_pb2.ResumeMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.ResumeMachineResponse:
+        return vmm_pb2.ResumeMachineResponse(machine=self._machines.get(request.vm).resume())
+
+    def StopMachine(
+        self, request: vmm_pb2.StopMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.StopMachineResponse:
+        return vmm_pb2.StopMachineResponse(machine=self._machines.get(request.vm).stop())
+
+    def ResetMachine(
+        self, request: vmm_pb2.ResetMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.ResetMachineResponse:
+        return vmm_pb2.ResetMachineResponse(machine=self._machines.get(request.vm).reset())
+
+    def DestroyMachine(
+        self, request: vmm_pb2.DestroyMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.DestroyMachineResponse:
+        self._machines.destroy(request.vm)
+        return vmm_pb2.DestroyMachineResponse()
+
+    def GetMachine(
+        self, request: vmm_pb2.GetMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.GetMachineResponse:
+        return vmm_pb2.GetMachineResponse(machine=self._machines.get(request.vm).describe())
+
+    def ListMachines(
+        self, request: vmm_pb2.ListMachinesRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.ListMachinesResponse:
+        return vmm_pb2.ListMachinesResponse(machines=[machine.describe() for machine in self._machines.all()])
+
+    def GetRegisters(
+        self, request: vmm_pb2.GetRegistersRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.GetRegistersResponse:
+        with self._machines.get(request.vm).doing(Operation.GET_REGISTERS, parked=True) as board:
+            return vmm_pb2.GetRegistersResponse(state=client_access.get_registers(board, request.vp_index))
+
+    def SetRegisters(
+        self, request: vmm_pb2.SetRegistersRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.SetRegistersResponse:
+        with self._machines.get(request.vm).doing(Operation.SET_REGISTERS, parked=True) as board:
+            state = client_access.set_registers(board, request.vp_index, request.registers, request.msrs)
+            return vmm_pb2.SetRegistersResponse(state=state)
+
+    def ReadMemory(
+        self, request: vmm_pb2.ReadMemoryRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.ReadMemoryResponse:
+        with self._machines.get(request.vm).doing(Operation.READ_MEMORY) as board:
+            return vmm_pb2.ReadMemoryResponse(data=client_access.read_memory(board, request.gpa, request.size))
+
+    def WriteMemory(
+        self, request: vmm_pb2.WriteMemoryRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.WriteMemoryResponse:
+        with self._machines.get(request.vm).doing(Operation.WRITE_MEMORY) as board:
+            client_access.write_memory(board, request.gpa, request.data)
+            return vmm_pb2.WriteMemoryResponse()
+
+    def Translate(self, request: vmm_pb2.TranslateRequest, context: grpc.ServicerContext) -> vmm_pb2.TranslateResponse:
+        with self._machines.get(request.vm).doing(Operation.TRANSLATE, parked=True) as board:
+            return client_access.translate(board, request.vp_index, request.gva)
+
+    def Hijack(self, request: vmm_pb2.HijackRequest, context: grpc.ServicerContext) -> vmm_pb2.HijackResponse:
+        return vmm_pb2.HijackResponse(before=self._machines.get(request.vm).hijack(request))
+
+    def WriteSerial(
+        self, request: vmm_pb2.WriteSerialRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.WriteSerialResponse:
+        with self._machines.get(request.vm).doing(Operation.WRITE_SERIAL) as board:
+            client_access.write_serial(board, request.port, request.data)
+            return vmm_pb2.WriteSerialResponse()
+
+    def WatchEvents(
+        self, request: vmm_pb2.WatchEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[vmm_pb2.WatchEventsResponse]:
+        events = self._machines.get(request.vm).events
+        for event in events.watch(request.from_sequence, request.kinds, context.is_active):
+            yield vmm_pb2.WatchEventsResponse(event=event)

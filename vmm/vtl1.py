@@ -1,0 +1,113 @@
+"""Entering VTL1 and taking its answer: the only way from VTL0's exits to the monitor and back.
+
+VTL1 may ask for page rights any number of times before it returns (Protect); its return carries the verdict and what to
+program below. Nothing of VTL0 runs on this vCPU meanwhile, and if no answer comes, nothing will.
+"""
+
+from __future__ import annotations
+
+from vmm.board import Answer, Board, reset_wanted, stopped
+from vmm.intercept_filter import Watched
+from vmm.processor import Processor
+from vmm.vtl import VTL0, VTL1, may_call
+from vtlab.errors import BadArgument, GuestMisbehaved
+from vtlab.hyperv.status import HvStatus
+from vtlab.v1 import vcpu_pb2, vmm_pb2
+from vtlab.v1.registers_pb2 import MsrValue, RegisterValue
+from vtlab.v1.vcpu_pb2 import Enter, Exit, Resolution, Update, VtlReturn
+from vtlab.v1.vcpu_pb2 import Exception as GuestException
+from vtlab.x86.registers import Msr, Vector
+
+SKIP = Resolution(action=vcpu_pb2.ACTION_SKIP)
+UNDEFINED_OPCODE = Resolution(
+    action=vcpu_pb2.ACTION_DENY, exception=GuestException(vector=Vector.UD), reason="#UD by the rules of the TLFS"
+)
+
+
+def enter_vtl1(board: Board, processor: Processor, enter: Enter) -> VtlReturn:
+    """Runs VTL1 until it returns to VTL0, serving what it asks for.
+
+    Raises:
+        PeerUnavailable: the monitor is gone or silent.
+        GuestMisbehaved: it exits with something that VTL1 cannot ask for.
+    """
+    processor.vtl.active = VTL1
+    while True:
+        exit_ = processor.run_monitor(enter)
+        kind = exit_.WhichOneof("reason")
+        if kind == "vtl_return":
+            processor.vtl.active = VTL0
+            return exit_.vtl_return
+        if kind != "protect":
+            raise GuestMisbehaved(f"VTL1 of {board.vm}", f"exits with {kind or 'nothing'}")
+        try:
+            board.protect(exit_.protect.protections)
+            status = HvStatus.SUCCESS
+        except BadArgument:
+            status = HvStatus.INVALID_PARAMETER
+        enter = Enter(reason=vcpu_pb2.ENTER_REASON_RESUME, status=status)
+
+
+def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> None:
+    """Applies what VTL1 wants for VTL0: page rights to memory first; all of it rides on the next enter.
+
+    Raises:
+        BadArgument: page rights that cannot be given. VTL1 cannot be told any more, so the machine has to stop.
+    """
+    for update in answer.updates:
+        kind = update.WhichOneof("change")
+        if kind == "protection":
+            board.protect([update.protection])
+            continue
+        if kind == "intercepts":
+            processor.watched = Watched(update.intercepts)
+        processor.post(update)
+
+
+def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
+    """Has VTL1 judge an exit of VTL0."""
+    answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT, intercept=exit_))
+    resolution = answer.resolution
+    board.events.record(
+        vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, exit_.sequence, weight=512
+    )
+    take_updates(board, processor, answer)
+    return conclude(board, processor, resolution)
+
+
+def conclude(board: Board, processor: Processor, resolution: Resolution) -> Answer:
+    """What a verdict means for the vCPU."""
+    if resolution.action == vcpu_pb2.ACTION_HALT:
+        return stopped(f"halted by VTL1: {resolution.reason}")
+    if resolution.action == vcpu_pb2.ACTION_RESET:
+        return reset_wanted(board.spec, f"reset by VTL1: {resolution.reason}")
+    return processor.resume(resolution)
+
+
+def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> Answer:
+    """HvCallVtlCall. Illegal ones are #UD and reach nobody."""
+    if not may_call(processor.vtl, control):
+        return processor.resume(UNDEFINED_OPCODE)
+    code = exit_.registers.rdi
+    board.log_vtl(processor, VTL0, "call", code)
+    answer = enter_vtl1(
+        board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL, registers=exit_.registers, intercept=exit_)
+    )
+    take_updates(board, processor, answer)
+    board.log_vtl(processor, VTL1, "return", code)
+    if answer.resolution.action in (vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET):
+        return conclude(board, processor, answer.resolution)
+    return processor.resume(SKIP)
+
+
+def enable_vtl1(board: Board, processor: Processor, exit_: Exit, registers: list[RegisterValue], pat: int) -> bool:
+    """HvCallEnableVpVtl, rules checked: VTL1 starts on that vCPU with that context. False if VTL1 denies."""
+    updates = [Update(register=value) for value in registers] + [Update(msr=MsrValue(index=Msr.PAT, value=pat))]
+    enter = Enter(reason=vcpu_pb2.ENTER_REASON_ENABLE, registers=exit_.registers, intercept=exit_, updates=updates)
+    answer = enter_vtl1(board, processor, enter)
+    if answer.resolution.action == vcpu_pb2.ACTION_DENY:
+        return False
+    processor.vtl.enabled |= 1 << VTL1
+    take_updates(board, processor, answer)
+    board.log_vtl(processor, VTL0, "enable-vp", VTL1)
+    return True
