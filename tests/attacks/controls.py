@@ -148,7 +148,7 @@ def system_call(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
         steps,
         symbols,
         lambda before, after: len(answers) == 1 and before <= answers[0] <= after,
-        lambda value: f"{value} ({answers[0]})" if answers else str(value),
+        lambda value: f"{value}, answer {answers[0]}" if answers else str(value),
     )
 
 

@@ -134,6 +134,7 @@ def observe(
     """
     attempts = Attempts(symbols)
     before = state()
+    shown_before = show(before)
     steps(attempts)
     after = state()
-    return Evidence(what, show(before), show(after), reached(before, after), str(attempts))
+    return Evidence(what, shown_before, show(after), reached(before, after), str(attempts))

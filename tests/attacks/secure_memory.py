@@ -104,7 +104,11 @@ def relax(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
             attempts.step(lambda control=control: attempts.note(hypercall(driver, control, given, 0)))
 
     return observe(
-        "VTL0's write access to kernel text", lambda: machine.translate(address).access.write, steps, symbols
+        "VTL0's right to write kernel text",
+        lambda: machine.translate(address).access.write,
+        steps,
+        symbols,
+        show=lambda right: "yes" if right else "no",
     )
 
 

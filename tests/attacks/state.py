@@ -45,6 +45,8 @@ def show_bytes(data: bytes | None) -> str:
     """Text if it is text, else hexadecimal."""
     if data is None:
         return "closed to VTL0"
+    if not any(data) and len(data) > 8:
+        return f"{len(data)} zero bytes"
     text = data.rstrip(b"\0")
     if len(text) >= 4 and all(32 <= byte < 127 for byte in text):
         return repr(text.decode())
