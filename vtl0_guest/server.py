@@ -1,0 +1,93 @@
+"""The process of VTL0: opens a machine's memory with VTL0's rights, builds the core, boots the image, serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vtl0_guest.cpu.core import Core
+from vtl0_guest.cpu.devices.platform import build_platform
+from vtl0_guest.cpu.processor import Processor
+from vtl0_guest.images import read_file
+from vtl0_guest.loaders import load
+from vtl0_guest.service import VcpuService
+from vtl0_guest.session import Guest
+from vtlab.channels import ServerConfig, serve
+from vtlab.errors import BadArgument
+from vtlab.ram import Ram, RamFile
+from vtlab.v1 import registers_pb2, vcpu_pb2, vcpu_pb2_grpc
+
+_VTL = 0
+_PARTY = "vtl0"
+
+
+class CoreLevel:
+    """VTL0 of one machine on the CPU core (vtl0_guest.session.Level).
+
+    Attributes:
+        processors: of the core, by VP index.
+    """
+
+    def __init__(self, request: vcpu_pb2.AttachRequest) -> None:
+        """Boots the image of the request.
+
+        Raises:
+            BadArgument: the memory files are not there or have another size.
+            BadImage: the image or a module cannot be loaded.
+        """
+        folder = Path(request.memory_directory)
+        try:
+            self._ram = Ram(folder, request.ram_size, _PARTY)
+        except (OSError, ValueError) as error:
+            raise BadArgument("memory_directory", str(error)) from None
+        try:
+            state = _load(request, folder, self._ram)
+            self._platform = build_platform(request.vp_count, request.ram_size)
+            self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
+        except BaseException:
+            self._ram.close()
+            raise
+        self.processors: Sequence[Processor] = [self._core.processor(index) for index in range(request.vp_count)]
+        self.processors[0].load_state(state)
+
+    def watch(self, woken: Callable[[int], None]) -> None:
+        """Tells both the core and `woken`."""
+        core_wakes = self._platform.on_wake
+
+        def on_wake(vp_index: int) -> None:
+            core_wakes(vp_index)
+            woken(vp_index)
+
+        self._platform.on_wake = on_wake
+
+    def pending_vector(self, vp_index: int) -> int | None:
+        return self._platform.pending_vector(vp_index)
+
+    def close(self) -> None:
+        self._core.close()
+        self._ram.close()
+
+
+def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_pb2.ProcessorState:
+    """Reads the files of the image and loads them into RAM."""
+    boot = request.image
+    image = read_file(folder, boot.path, boot.sha256)
+    modules = [read_file(folder, module.path, module.sha256) for module in boot.modules]
+    memory = ram.views[RamFile.WRITABLE]
+
+    def write(gpa: int, data: bytes) -> None:
+        memory[gpa : gpa + len(data)] = data
+
+    return load(image, boot, modules, write, ram.size)
+
+
+def main(config: ServerConfig) -> None:
+    """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
+    guest = Guest(CoreLevel)
+    server = serve(
+        config, lambda grpc_server: vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(VcpuService(guest), grpc_server)
+    )
+    try:
+        server.wait(grace=0.2)
+    finally:
+        guest.close()

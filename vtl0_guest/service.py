@@ -1,0 +1,42 @@
+"""VcpuService of VTL0: each method only forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from vtl0_guest.session import Guest
+from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
+
+
+class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
+    """Answers for one process. Errors are VtlabError; the gate of the server makes statuses of them."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def Attach(self, request: vcpu_pb2.AttachRequest, context: grpc.ServicerContext) -> vcpu_pb2.AttachResponse:
+        self._guest.attach(request)
+        return vcpu_pb2.AttachResponse()
+
+    def Detach(self, request: vcpu_pb2.DetachRequest, context: grpc.ServicerContext) -> vcpu_pb2.DetachResponse:
+        self._guest.detach(request.vm)
+        return vcpu_pb2.DetachResponse()
+
+    def Run(
+        self, request_iterator: Iterator[vcpu_pb2.RunRequest], context: grpc.ServicerContext
+    ) -> Iterator[vcpu_pb2.RunResponse]:
+        for exit_ in self._guest.run(request.enter for request in request_iterator):
+            yield vcpu_pb2.RunResponse(exit=exit_)
+
+    def Kick(self, request: vcpu_pb2.KickRequest, context: grpc.ServicerContext) -> vcpu_pb2.KickResponse:
+        return vcpu_pb2.KickResponse(running=self._guest.kick(request.vp_index, request.sequence))
+
+    def GetState(self, request: vcpu_pb2.GetStateRequest, context: grpc.ServicerContext) -> vcpu_pb2.GetStateResponse:
+        return vcpu_pb2.GetStateResponse(state=self._guest.state(request.vp_index))
+
+    def Events(
+        self, request: vcpu_pb2.EventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[vcpu_pb2.EventsResponse]:
+        yield from self._guest.events(context.add_callback)

@@ -1,0 +1,110 @@
+"""One vCPU between its stream and the core: numbers, kicks, and which stream may speak."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from vtlab.errors import BadArgument, Conflict, WrongState
+from vtlab.session import Session
+from vtlab.v1 import registers_pb2, vcpu_pb2
+
+
+class Processor(Protocol):
+    """What the core offers for one vCPU (vtl0_guest/cpu/processor.py)."""
+
+    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Runs until the next exit."""
+        ...
+
+    def kick(self) -> None:
+        """Makes the current run(), or else the next one, exit soon. Thread-safe."""
+        ...
+
+    def state(self) -> registers_pb2.ProcessorState:
+        """Registers; only while not running."""
+        ...
+
+
+class Vcpu:
+    """Executes numbered enters on a processor of the core. Thread-safe.
+
+    Attributes:
+        name: "vCPU 0 of VTL0", the subject of its errors.
+    """
+
+    def __init__(self, index: int, vtl: int, processor: Processor) -> None:
+        self.name = f"vCPU {index} of VTL{vtl}"
+        self._index = index
+        self._processor = processor
+        self._session = Session(self.name, self._execute)
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._running = 0
+        self._exited = 0
+        self._kicked = 0
+        self._stream = 0
+
+    @property
+    def running(self) -> bool:
+        """An enter is being executed."""
+        return self._running != 0
+
+    def serve(self, enters: Iterable[vcpu_pb2.Enter]) -> Iterator[vcpu_pb2.Exit]:
+        """One stream: yields the exit of each enter. A stream that begins later takes over, and this one ends.
+
+        Raises:
+            Conflict: another stream took over, or a number is neither the last nor the next.
+            BadArgument: an enter is for another vCPU.
+        """
+        with self._lock:
+            self._stream += 1
+            stream = self._stream
+        for enter in enters:
+            if enter.vp_index != self._index:
+                raise BadArgument("vp_index", f"{enter.vp_index} on the stream of {self.name}")
+            self._check(stream)
+            exit_ = self._session.answer(enter)
+            self._check(stream)
+            yield exit_
+
+    def _check(self, stream: int) -> None:
+        if stream != self._stream:
+            raise Conflict(self.name, "another stream took over")
+
+    def _execute(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        with self._lock:
+            self._running = enter.sequence
+            if self._kicked == enter.sequence:
+                self._processor.kick()
+        try:
+            return self._processor.run(enter)
+        finally:
+            with self._idle:
+                self._running, self._exited = 0, enter.sequence
+                self._idle.notify_all()
+
+    def kick(self, sequence: int) -> bool:
+        """Makes that enter exit soon, also if it has not arrived yet. False if it has exited already."""
+        with self._lock:
+            if sequence <= self._exited:
+                return False
+            self._kicked = sequence
+            if self._running == sequence:
+                self._processor.kick()
+            return True
+
+    def stop(self, timeout: float) -> bool:
+        """Makes what runs exit, whatever its number, and waits `timeout` seconds for it. True if nothing runs now."""
+        with self._idle:
+            if self._running:
+                self._processor.kick()
+            return self._idle.wait_for(lambda: not self._running, timeout)
+
+    def state(self) -> registers_pb2.ProcessorState:
+        """Raises WrongState while an enter is being executed."""
+        with self._lock:
+            if self._running:
+                raise WrongState(self.name, state="running", operation="read its state")
+            return self._processor.state()
