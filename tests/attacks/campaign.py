@@ -101,16 +101,13 @@ def run_one(lab: Lab, entry: Attack | Control, protected: bool) -> Result:
 
 def run_all(
     lab: Lab,
-    attacks: Sequence[Attack],
-    controls: Sequence[Control],
+    jobs: Sequence[tuple[Attack | Control, Sequence[bool]]],
     on_start: Callable[[Attack | Control], None] = lambda entry: None,
 ) -> Iterator[tuple[Result, ...]]:
-    """Each attack without and with VTL1, then each control with VTL1; a few machines at a time, results in order."""
-    jobs: list[tuple[Attack | Control, tuple[bool, ...]]] = [(attack, (False, True)) for attack in attacks]
-    jobs += [(control, (True,)) for control in controls]
+    """Runs each job's attack or control once for each of its protections; a few jobs at a time, results in order."""
     cancelled = threading.Event()
 
-    def work(entry: Attack | Control, protections: tuple[bool, ...]) -> tuple[Result, ...]:
+    def work(entry: Attack | Control, protections: Sequence[bool]) -> tuple[Result, ...]:
         if cancelled.is_set():
             return ()
         on_start(entry)
