@@ -279,10 +279,7 @@ def cross_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
     for rule in policy.memory:
         if rule.private and policy.violation.by_rule.get(rule.name) in (Violation.LOG, Violation.SKIP):
             yield ("violation", rule.name), "private memory is never opened: use gp, halt or reset"
-    for action, authentication in policy.actions.items():
-        for index, name in enumerate(authentication.allows):
-            if name not in names:
-                yield ("actions", action, "allows", index), f"no rule is called '{name}'"
+    yield from _action_checks(policy)
 
 
 def _register_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
@@ -310,6 +307,23 @@ def _register_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
             yield (*path, "must_be_0"), "a bit is also in must_be_1"
     if policy.registers.cr3 == "page_tables" and not policy.page_tables.guard:
         yield ("registers", "cr3"), "'page_tables' needs page_tables.guard: true"
+    if policy.registers.cr3 == "page_tables" and policy.page_tables.when is not Phase.LOCK:
+        yield ("page_tables", "when"), "registers.cr3 needs the tables guarded when registers are locked"
+
+
+# An action never reopens the policy.
+_NEVER_GRANTED = frozenset({Service.TAKE_POLICY, Service.LOCK_REGS, Service.SIGNAL_END_OF_BOOT})
+
+
+def _action_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
+    pins = {key for key in Registers.model_fields if getattr(policy.registers, key) is not None} | set(policy.msrs)
+    for action, authentication in policy.actions.items():
+        for index, name in enumerate(authentication.allows):
+            if name not in pins:
+                yield ("actions", action, "allows", index), f"no register or MSR rule is called '{name}'"
+        for index, service in enumerate(authentication.services):
+            if service in _NEVER_GRANTED:
+                yield ("actions", action, "services", index), f"{service.name} is never granted"
 
 
 def _memory_checks(policy: Policy) -> Iterator[tuple[Path, str]]:

@@ -1,0 +1,255 @@
+"""What VTL1 knows of one machine. It has one owner at a time: the vCPU whose enter is being served (`exclusive`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cryptography import x509
+
+from vtl1_monitor import api, rights
+from vtl1_monitor.api import CodeRule
+from vtl1_monitor.filter import intercept_filter
+from vtl1_monitor.judge import Verdict, judge
+from vtl1_monitor.memory import GuestMemory
+from vtl1_monitor.policy.image import BootImage
+from vtl1_monitor.policy.render import render
+from vtl1_monitor.policy.rules import Action, Rules
+from vtl1_monitor.policy.schema import Phase
+from vtl1_monitor.policy.text import PolicyText
+from vtl1_monitor.rights import Change, Run
+from vtl1_monitor.secrets import Secrets
+from vtl1_monitor.table_guard import TableGuard
+from vtl1_monitor.verdicts import VerdictLog
+from vtlab.errors import WrongState
+from vtlab.ram import PAGE_SIZE, RamFile
+from vtlab.services import ModuleType
+from vtlab.v1 import monitor_pb2, vcpu_pb2
+
+BOOT_RULE = "boot"
+"""Owner of pages that keep the kernel's rights until a rule of the end of boot takes them."""
+
+
+@dataclass
+class Kdata:
+    """What LOAD_KDATA and the policy's sections gave: from sealed, measured memory only.
+
+    Attributes:
+        patches: (gpa, size) -> the bytes that may be written there.
+        revoked: (issuer as DER, serial number).
+    """
+
+    certificates: list[x509.Certificate] = field(default_factory=list)
+    revoked: set[tuple[bytes, int]] = field(default_factory=set)
+    patches: dict[tuple[int, int], set[bytes]] = field(default_factory=dict)
+
+    def signers(self) -> list[x509.Certificate]:
+        """Certificates that may sign modules."""
+        return [one for one in self.certificates if (one.issuer.public_bytes(), one.serial_number) not in self.revoked]
+
+
+@dataclass
+class Processor:
+    """Attributes: `locked`: LOCK_REGS was called; `filter_version`: which filter it runs with."""
+
+    locked: bool = False
+    filter_version: int = 0
+
+
+class Machine:
+    """State of VTL1 for one machine and generation."""
+
+    def __init__(
+        self,
+        vm: str,
+        generation: int,
+        vp_count: int,
+        memory: GuestMemory,
+        image: BootImage,
+        rules_in_code: Iterable[CodeRule] = (),
+    ) -> None:
+        self.vm = vm
+        self.generation = generation
+        self.memory = memory
+        self.image = image
+        self.turn = threading.Condition()
+        self.serving: object = None
+        self.closed = False
+        self.processors = [Processor() for _ in range(vp_count)]
+        self.verdicts = VerdictLog()
+        self.code_rules = api.copies(rules_in_code)
+        self.secrets = Secrets()
+
+        self.override: PolicyText | None = None
+        self.operator_locked = False
+        self.policy: PolicyText | None = None
+        self.source = monitor_pb2.POLICY_SOURCE_NONE
+        self.guest_policy_sha256 = b""
+        self.taken = False
+        self.end_of_boot = False
+        self.broken = ""
+        self.rules = Rules()
+        self.rules_before_lock = Rules()
+        self.measurements: list[monitor_pb2.Measurement] = []
+        self.guard: TableGuard | None = None
+        self.frozen_roots: set[int] = set()
+        self.kdata = Kdata()
+        self.modules: dict[int, list[tuple[ModuleType, Run]]] = {}
+        self.next_token = 1
+        self.grants: list[Action] = []
+        self.filter_version = 1
+
+    @property
+    def ready(self) -> bool:
+        """A policy is in force."""
+        return self.taken and not self.broken
+
+    @property
+    def locked(self) -> bool:
+        """Nothing but a reset can replace the policy."""
+        return self.operator_locked or self.end_of_boot
+
+    @contextmanager
+    def exclusive(self, owner: object) -> Iterator[None]:
+        """Waits until no other vCPU is in the middle of a service, and keeps all others out.
+
+        Raises WrongState once the machine was given up.
+        """
+        with self.turn:
+            self.turn.wait_for(lambda: self.closed or self.serving in (None, owner))
+            if self.closed:
+                raise WrongState(self.vm, state="detached", operation="serve VTL1")
+            try:
+                yield
+            finally:
+                self.turn.notify_all()
+
+    # ------------------------------------------------------------------------------------- what the judge asks
+
+    @property
+    def roots(self) -> Set[int]:
+        """Page-table bases that may be loaded."""
+        return self.guard.root_bases if self.guard is not None and not self.rules.cr3_frozen else self.frozen_roots
+
+    def owner(self, gfn: int) -> str:
+        """Name of the rule that covers a page."""
+        return self.memory.owner(gfn)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """For rules in code."""
+        return self.memory.read(gpa, size)
+
+    def judge(self, vp_index: int, exit_: vcpu_pb2.Exit) -> Verdict:
+        """The verdict on an exit of this vCPU, grants and rules in code included; recorded."""
+        locked = self.processors[vp_index].locked
+        verdict = judge(self.rules if locked else self.rules_before_lock, self, exit_)
+        if not verdict.allowed and exit_.origin != vcpu_pb2.ORIGIN_CLIENT:
+            verdict = self._granted(exit_, verdict)
+        if locked:
+            verdict = api.apply(self.code_rules, exit_, verdict, self)
+        self.verdicts.record(exit_, verdict.resolution, verdict.rule)
+        return verdict
+
+    def _granted(self, exit_: vcpu_pb2.Exit, verdict: Verdict) -> Verdict:
+        if exit_.WhichOneof("reason") not in ("register_write", "msr"):
+            return verdict
+        for grant in self.grants:
+            if verdict.rule in grant.allows:
+                self.grants.remove(grant)
+                reason = f"{verdict.resolution.reason}; allowed once by action {grant.name}"
+                return Verdict(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT, reason=reason), verdict.rule)
+        return verdict
+
+    # ------------------------------------------------------------------------------------- what holds
+
+    def intercept_filter(self) -> vcpu_pb2.InterceptFilter:
+        """For vCPUs that are locked."""
+        return intercept_filter(self.rules, self.roots, (rule.filter() for rule in self.code_rules))
+
+    def filter_changed(self) -> None:
+        """Makes every locked vCPU get the new filter with its next VTL return."""
+        self.filter_version += 1
+
+    def pending_filter(self, vp_index: int) -> vcpu_pb2.InterceptFilter | None:
+        """The filter that this vCPU lacks; it counts as delivered."""
+        processor = self.processors[vp_index]
+        if not processor.locked or processor.filter_version == self.filter_version:
+            return None
+        processor.filter_version = self.filter_version
+        return self.intercept_filter()
+
+    @property
+    def default_code(self) -> int:
+        """Rights of memory that no rule names."""
+        return rights.INITIAL if self.rules.default_code is None else self.rules.default_code
+
+    def ordinary(self, run: Run) -> Change:
+        """The change that makes pages memory that no rule names."""
+        return Change(run, self.default_code, self.rules.default_name)
+
+    def is_ordinary(self, run: Run) -> bool:
+        """True if VTL0 may write the pages and no named rule covers one of them."""
+        codes = self.memory.codes_in(run)
+        if codes is None or any(code & rights.STORE_MASK != rights.WRITABLE for code in codes):
+            return False
+        return all(owner in ("", self.rules.default_name) for _, _, owner in self.memory.pieces(run))
+
+    def lock_changes(self, rules: Rules) -> list[Change]:
+        """Protections that hold from TAKE_POLICY on; later ones win."""
+        changes = []
+        if rules.default_code is not None:
+            changes.append(Change(Run(0, self.memory.pages), rules.default_code, rules.default_name))
+        for rule in rules.memory:
+            if rule.phase is Phase.END_OF_BOOT:
+                # Boot still needs it, but what is measured cannot change any more.
+                code = rights.READ | rights.KERNEL_EXECUTE | rights.SEALED if rule.measured else rights.INITIAL
+                changes.append(Change(rule.run, code, rule.name))
+        changes += [Change(rule.run, rule.code, rule.name) for rule in rules.memory if rule.phase is Phase.LOCK]
+        return changes
+
+    def end_of_boot_changes(self) -> list[Change]:
+        """Protections that hold from SIGNAL_END_OF_BOOT on."""
+        return [Change(rule.run, rule.code, rule.name) for rule in self.rules.memory if rule.phase is Phase.END_OF_BOOT]
+
+    def take_grant(self, service: int) -> bool:
+        """Uses up a grant for a service, if there is one."""
+        for grant in self.grants:
+            if service in grant.services:
+                self.grants.remove(grant)
+                return True
+        return False
+
+    def break_down(self, reason: str) -> None:
+        """From here every service is refused and every intercept halts: what holds is unknown or wrong."""
+        self.broken = self.broken or reason
+
+    def status(self) -> monitor_pb2.PolicyStatus:
+        """For operators."""
+        shown = self.policy or self.override
+        status = monitor_pb2.PolicyStatus(
+            text=shown.text if shown else "",
+            sha256=shown.sha256 if shown else b"",
+            source=self.source if self.policy or not self.override else monitor_pb2.POLICY_SOURCE_OPERATOR,
+            locked=self.locked,
+            rules=render(self.rules) if self.ready else (),
+            measurements=self.measurements,
+        )
+        if self.broken:
+            status.rules.append(f"everything: halt ({self.broken})")
+        return status
+
+    def close(self) -> None:
+        """Gives the machine up and leaves no secret: VTL1's pages become zeros, keys are gone, watchers end."""
+        with self.turn:
+            self.closed = True
+            self.turn.notify_all()
+            self._wipe()
+
+    def _wipe(self) -> None:
+        self.secrets.wipe()
+        private = self.memory.ram.views[RamFile.PRIVATE]
+        for rule in self.rules.private:
+            private[rule.run.first * PAGE_SIZE : rule.run.end * PAGE_SIZE] = bytes(rule.run.pages * PAGE_SIZE)
+        self.verdicts.close()

@@ -1,0 +1,188 @@
+"""The monitor: which machine it guards, and what operators may ask. Without gRPC; service.py forwards to it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from vtl1_monitor.api import CodeRule
+from vtl1_monitor.machine import Machine
+from vtl1_monitor.memory import GuestMemory
+from vtl1_monitor.personality import PolicyProcessor
+from vtl1_monitor.policy.image import BootImage
+from vtl1_monitor.policy.problems import PolicyProblems
+from vtl1_monitor.policy.render import render
+from vtl1_monitor.policy.resolve import resolve
+from vtl1_monitor.policy.text import PolicyText, parse
+from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, WrongState
+from vtlab.ram import Ram
+from vtlab.session import Session
+from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
+
+VTL = 1
+MAX_PROCESSORS = 64
+_ELF_FORMATS = (
+    vcpu_pb2.IMAGE_FORMAT_UNSPECIFIED,
+    vcpu_pb2.IMAGE_FORMAT_DETECT,
+    vcpu_pb2.IMAGE_FORMAT_ELF,
+    vcpu_pb2.IMAGE_FORMAT_MULTIBOOT,
+)
+
+
+class Monitor:
+    """Guards one machine at a time, like any process that serves one level."""
+
+    def __init__(self, rules: Iterable[CodeRule] = ()) -> None:
+        self._rules = tuple(rules)
+        self._lock = threading.Lock()
+        self._machine: Machine | None = None
+        self._sessions: list[Session] = []
+        # An operator's policy, and its lock, outlive a reset of the machine; destroying the machine ends them.
+        self._overrides: dict[str, PolicyText] = {}
+
+    # ------------------------------------------------------------------------------------- for the VMM
+
+    def attach(self, request: vcpu_pb2.AttachRequest) -> None:
+        """Binds to a machine; a higher generation of the same one starts anew, the same again changes nothing.
+
+        Raises:
+            BadArgument, BadImage: the request or the image it names.
+            Conflict: a lower generation. WrongState: another machine is attached.
+        """
+        with self._lock:
+            current = self._machine
+            if current is not None and current.vm != request.vm:
+                raise WrongState(request.vm, f"the monitor guards {current.vm}", state="attached")
+            if current is not None and request.generation == current.generation:
+                return
+            if current is not None and request.generation < current.generation:
+                raise Conflict(request.vm, f"generation {request.generation} after {current.generation}")
+            machine = self._create(request)
+            self._close()
+            machine.override = self._overrides.get(request.vm)
+            self._machine = machine
+            self._sessions = [
+                Session(f"vCPU {index} of VTL1", PolicyProcessor(machine, index).run)
+                for index in range(request.vp_count)
+            ]
+
+    def _create(self, request: vcpu_pb2.AttachRequest) -> Machine:
+        if not request.vm:
+            raise BadArgument("vm", "is empty")
+        if request.vtl != VTL:
+            raise BadArgument("vtl", f"this process is VTL1, not VTL{request.vtl}")
+        if not 1 <= request.vp_count <= MAX_PROCESSORS:
+            raise BadArgument("vp_count", f"{request.vp_count} is not between 1 and {MAX_PROCESSORS}")
+        if not request.ram_size or request.ram_size % 4096:
+            raise BadArgument("ram_size", f"{request.ram_size} is not a multiple of 4096")
+        directory = Path(request.memory_directory)
+        image = _load_image(directory, request.image)
+        try:
+            ram = Ram(directory, request.ram_size, "vtl1")
+        except (OSError, ValueError) as error:
+            raise BadArgument("memory_directory", str(error)) from None
+        return Machine(request.vm, request.generation, request.vp_count, GuestMemory(ram), image, self._rules)
+
+    def detach(self, vm: str) -> None:
+        """Wipes VTL1's memory and keys and forgets the machine. Raises NotFound."""
+        with self._lock:
+            self._require(vm)
+            self._close()
+            self._overrides.pop(vm, None)
+
+    def close(self) -> None:
+        """Wipes whatever is attached."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._machine is not None:
+            self._machine.close()
+            self._machine.memory.ram.close()
+        self._machine, self._sessions = None, []
+
+    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Serves one enter. Raises NotFound for a vCPU that does not exist, WrongState, Conflict."""
+        return self._session(enter.vp_index).answer(enter)
+
+    def kick(self, vp_index: int, sequence: int) -> bool:
+        """True if that enter is being served; it ends soon by itself, for no service waits for anything."""
+        return self._session(vp_index).running == sequence
+
+    def state(self, vp_index: int) -> registers_pb2.ProcessorState:
+        """Always raises Unsupported: the policy personality runs no guest code."""
+        self._session(vp_index)
+        raise Unsupported(f"vCPU {vp_index} of VTL1", "the policy personality runs no guest code and has no registers")
+
+    def _session(self, vp_index: int) -> Session:
+        sessions = self._sessions
+        if not sessions:
+            raise WrongState("VTL1", "no machine is attached", state="detached")
+        if vp_index >= len(sessions):
+            raise NotFound(f"vCPU {vp_index}", f"the machine has {len(sessions)}")
+        return sessions[vp_index]
+
+    # ------------------------------------------------------------------------------------- for operators
+
+    def policy(self, vm: str) -> monitor_pb2.PolicyStatus:
+        """Raises NotFound."""
+        machine = self._require(vm)
+        with machine.turn:
+            return machine.status()
+
+    def set_policy(self, vm: str, text: str, file_name: str) -> monitor_pb2.PolicyStatus:
+        """Replaces the guest's policy when the guest hands its own over. Raises BadPolicy, WrongState, NotFound."""
+        machine = self._require(vm)
+        parsed = parse(text, file_name or "policy")
+        with machine.turn:
+            if machine.locked or machine.taken:
+                state = "locked" if machine.locked else "taken by the guest"
+                raise WrongState(f"policy of {vm}", state=f"it is {state}", operation="replace it")
+            machine.override = self._overrides[vm] = parsed
+            return machine.status()
+
+    def lock_policy(self, vm: str) -> monitor_pb2.PolicyStatus:
+        """Nothing replaces the policy until a reset. Raises NotFound."""
+        machine = self._require(vm)
+        with machine.turn:
+            machine.operator_locked = True
+            return machine.status()
+
+    def check_policy(self, vm: str, text: str, file_name: str) -> monitor_pb2.CheckPolicyResponse:
+        """Problems, or the rules that the text means. Without a machine only the text is checked."""
+        try:
+            parsed = parse(text, file_name or "policy")
+            if not vm:
+                return monitor_pb2.CheckPolicyResponse()
+            machine = self._require(vm)
+            rules = resolve(parsed, machine.image, machine.memory.size, None)
+        except PolicyProblems as error:
+            return monitor_pb2.CheckPolicyResponse(problems=error.problems)
+        return monitor_pb2.CheckPolicyResponse(rules=render(rules))
+
+    def verdicts(self, vm: str, stop: threading.Event) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
+        """Verdicts kept and to come, until the machine is gone. Raises NotFound."""
+        return self._require(vm).verdicts.watch(stop)
+
+    def _require(self, vm: str) -> Machine:
+        machine = self._machine
+        if machine is None or machine.vm != vm:
+            raise NotFound(vm or "machine", "the monitor does not guard it")
+        return machine
+
+
+def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:
+    """Reads the boot image and checks its digest. Raises BadArgument, BadImage."""
+    path = PurePosixPath(image.path)
+    if not image.path or path.is_absolute() or ".." in path.parts:
+        raise BadArgument("image.path", f"'{image.path}' is not below the memory directory")
+    try:
+        data = (directory / path).read_bytes()
+    except OSError as error:
+        raise BadImage(image.path, error.strerror or "cannot be read") from None
+    if image.sha256 and hashlib.sha256(data).digest() != image.sha256:
+        raise BadImage(image.path, "SHA-256 is not the one asked for")
+    flat = None if image.format in _ELF_FORMATS else image.load_address
+    return BootImage(data, path.name, flat)

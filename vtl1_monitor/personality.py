@@ -1,0 +1,152 @@
+"""The policy personality: one vCPU of VTL1 as a state machine. An Enter is a value, so is the Exit that answers it.
+
+    idle --VTL_CALL--> serving --(service yields)--> Protect ... RESUME(status) --> serving --> VtlReturn --> idle
+    idle --INTERCEPT | CLIENT_WRITE | ENABLE--> VtlReturn --> idle
+
+What fits no arrow is refused (WrongState) and changes nothing: the vCPU of VTL0 stays stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from vtl1_monitor import rights
+from vtl1_monitor.machine import Machine
+from vtl1_monitor.memory import GuestFault
+from vtl1_monitor.rights import Change, Run
+from vtl1_monitor.services.call import Call, Refused
+from vtl1_monitor.services.table import serve
+from vtl1_monitor.steps import ProtectFailed, Steps
+from vtlab.errors import WrongState
+from vtlab.v1 import registers_pb2, vcpu_pb2
+
+VTL = 1
+
+
+class PolicyProcessor:
+    """One vCPU of VTL1. All of a machine share its Machine; while one is in a service, the others wait."""
+
+    def __init__(self, machine: Machine, vp_index: int) -> None:
+        self._machine = machine
+        self._vp_index = vp_index
+        self._steps: Steps | None = None
+        self._call: Call | None = None
+
+    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """From an Enter to its Exit. Raises WrongState."""
+        with self._machine.exclusive(self):
+            handler = _HANDLERS.get((self._steps is not None, enter.reason))
+            if handler is None:
+                reason = vcpu_pb2.EnterReason.Name(enter.reason)
+                state = "a service waits for its protection" if self._steps is not None else "it waits for VTL0"
+                raise WrongState(f"vCPU {self._vp_index} of VTL1", state=state, operation=f"be entered with {reason}")
+            return handler(self, enter)
+
+    def _vtl_call(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        self._call = Call(self._machine, self._vp_index, enter.registers.rdi, enter.registers)
+        if self._machine.broken:
+            return self._halted()
+        self._steps = serve(self._call)
+        return self._advance(None)
+
+    def _resume(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        return self._advance(enter.status)
+
+    def _advance(self, status: int | None) -> vcpu_pb2.Exit:
+        """Lets the service run to its next request or its end."""
+        assert self._steps is not None
+        assert self._call is not None
+        steps, call = self._steps, self._call
+        self._steps = self._machine.serving = None
+        try:
+            request = next(steps) if status is None else steps.send(status)
+        except StopIteration as stop:
+            return self._returned(call, int(stop.value))
+        except Refused as refusal:
+            return self._refused(call, refusal)
+        except GuestFault as fault:
+            return self._refused(call, Refused(errno.EFAULT, str(fault)))
+        except ProtectFailed as failure:
+            self._machine.break_down(str(failure))
+            call.resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_HALT, reason=str(failure))
+            return self._refused(call, Refused(errno.EIO, str(failure)))
+        except BaseException as error:
+            self._machine.break_down(f"{call.name} failed: {type(error).__name__}")
+            raise
+        self._steps, self._machine.serving = steps, self
+        return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, protect=request)
+
+    def _refused(self, call: Call, refusal: Refused) -> vcpu_pb2.Exit:
+        resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMPLETE, reason=f"{call.name}: {refusal}")
+        self._machine.verdicts.record(call.as_exit(), call.resolution or resolution, "services")
+        return self._returned(call, -refusal.number)
+
+    def _returned(self, call: Call, result: int) -> vcpu_pb2.Exit:
+        self._call = None
+        r8 = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_R8, value=result % (1 << 64))
+        return self._vtl_return(call.resolution, [*call.updates, vcpu_pb2.Update(register=r8)])
+
+    def _halted(self) -> vcpu_pb2.Exit:
+        """The answer to everything once the machine is broken."""
+        call, self._call = self._call, None
+        resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_HALT, reason=self._machine.broken)
+        if call is None:
+            return self._vtl_return(resolution, [])
+        call.updates.clear()
+        call.resolution = resolution
+        return self._returned(call, -errno.EPERM)
+
+    def _intercept(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        if self._machine.broken:
+            return self._halted()
+        intercept = enter.intercept
+        client = enter.reason == vcpu_pb2.ENTER_REASON_CLIENT_WRITE
+        if client != (intercept.origin == vcpu_pb2.ORIGIN_CLIENT):
+            origin = vcpu_pb2.Origin.Name(intercept.origin)
+            raise WrongState(f"vCPU {self._vp_index} of VTL1", f"entered with a write whose origin is {origin}")
+        verdict = self._machine.judge(self._vp_index, intercept)
+        updates = []
+        if verdict.resolution.action == vcpu_pb2.ACTION_RETRY and intercept.WhichOneof("reason") == "memory_fault":
+            updates.append(self._opened(intercept.memory_fault))
+        return self._vtl_return(verdict.resolution, updates)
+
+    def _opened(self, fault: vcpu_pb2.MemoryFault) -> vcpu_pb2.Update:
+        """A rule with `log` was broken: its page has the missing right from here on."""
+        memory = self._machine.memory
+        gfn = fault.gpa >> 12
+        code = memory.codes[gfn] & rights.RIGHTS | _RIGHT[fault.access] | rights.READ
+        code |= rights.WRITABLE if code & rights.WRITE else rights.SEALED
+        run = Run(gfn, 1)
+        memory.record([Change(run, code, memory.owner(gfn))])
+        return vcpu_pb2.Update(protection=rights.protection_update(code, [run]))
+
+    def _enable(self, _enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        return self._vtl_return(None, [])
+
+    def _vtl_return(self, resolution: vcpu_pb2.Resolution | None, updates: list[vcpu_pb2.Update]) -> vcpu_pb2.Exit:
+        pending = self._machine.pending_filter(self._vp_index)
+        if pending is not None:
+            updates.append(vcpu_pb2.Update(intercepts=pending))
+        stop_all = any(update.HasField("protection") for update in updates)
+        return vcpu_pb2.Exit(
+            vp_index=self._vp_index,
+            vtl=VTL,
+            vtl_return=vcpu_pb2.VtlReturn(resolution=resolution, updates=updates, stop_all=stop_all),
+        )
+
+
+_RIGHT: dict[int, int] = {
+    vcpu_pb2.ACCESS_KIND_READ: rights.READ,
+    vcpu_pb2.ACCESS_KIND_WRITE: rights.WRITE,
+    vcpu_pb2.ACCESS_KIND_EXECUTE: rights.KERNEL_EXECUTE | rights.USER_EXECUTE,
+}
+
+# (a service waits, reason) -> what to do. All other pairs are refused.
+_HANDLERS: dict[tuple[bool, int], Callable[[PolicyProcessor, vcpu_pb2.Enter], vcpu_pb2.Exit]] = {
+    (False, vcpu_pb2.ENTER_REASON_VTL_CALL): PolicyProcessor._vtl_call,
+    (False, vcpu_pb2.ENTER_REASON_INTERCEPT): PolicyProcessor._intercept,
+    (False, vcpu_pb2.ENTER_REASON_CLIENT_WRITE): PolicyProcessor._intercept,
+    (False, vcpu_pb2.ENTER_REASON_ENABLE): PolicyProcessor._enable,
+    (True, vcpu_pb2.ENTER_REASON_RESUME): PolicyProcessor._resume,
+}

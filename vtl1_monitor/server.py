@@ -1,0 +1,26 @@
+"""The monitor as a process. It listens on two addresses, for the VMM and for clients; the gate tells them apart."""
+
+from __future__ import annotations
+
+import grpc
+
+from vtl1_monitor.api import load_rules
+from vtl1_monitor.monitor import Monitor
+from vtl1_monitor.service import MonitorService, VcpuService
+from vtlab.channels import ServerConfig, serve
+from vtlab.v1 import monitor_pb2_grpc, vcpu_pb2_grpc
+
+
+def main(config: ServerConfig) -> None:
+    """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
+    monitor = Monitor(load_rules(config.rules))
+
+    def register(server: grpc.Server) -> None:
+        vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(VcpuService(monitor), server)
+        monitor_pb2_grpc.add_MonitorServiceServicer_to_server(MonitorService(monitor), server)
+
+    server = serve(config, register)
+    try:
+        server.wait()
+    finally:
+        monitor.close()

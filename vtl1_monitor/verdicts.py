@@ -1,0 +1,66 @@
+"""The log of verdicts: a ring with any number of watchers; who is too slow is told how many it missed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from vtlab.v1 import monitor_pb2, vcpu_pb2
+
+CAPACITY = 4096
+
+
+class VerdictLog:
+    """Verdicts of one machine, the newest CAPACITY of them. Thread-safe; `record` never waits for a watcher."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._ring: deque[monitor_pb2.WatchVerdictsResponse] = deque(maxlen=capacity)
+        self._count = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def record(self, exit_: vcpu_pb2.Exit, resolution: vcpu_pb2.Resolution, rule: str) -> None:
+        """Adds a verdict; the messages must not be changed afterwards."""
+        row = monitor_pb2.WatchVerdictsResponse(exit=exit_, resolution=resolution, rule=rule)
+        row.time.FromNanoseconds(time.time_ns())
+        with self._changed:
+            self._ring.append(row)
+            self._count += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all watchers, now and to come."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def kept(self) -> list[monitor_pb2.WatchVerdictsResponse]:
+        """What the ring holds, oldest first."""
+        with self._changed:
+            return list(self._ring)
+
+    def watch(self, stop: threading.Event, poll: float = 0.5) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
+        """From the oldest verdict kept, for ever; `missed` counts those lost before each row.
+
+        Args:
+            stop: ends the iteration; looked at whenever a verdict comes, at least every `poll` seconds.
+        """
+        position = self._count - len(self._ring)
+        while not stop.is_set():
+            with self._changed:
+                if position >= self._count:
+                    if self._closed:
+                        return
+                    self._changed.wait(poll)
+                oldest = self._count - len(self._ring)
+                missed = max(0, oldest - position)
+                position = max(position, oldest)
+                rows = [self._ring[index] for index in range(position - oldest, len(self._ring))]
+                position += len(rows)
+            for row in rows:
+                copy = monitor_pb2.WatchVerdictsResponse()
+                copy.CopyFrom(row)
+                copy.missed, missed = missed, 0
+                yield copy
