@@ -43,11 +43,15 @@ def demo(lab: Lab, as_json: bool = False) -> int:
     return 0 if summary.passed else 1
 
 
-def attack(lab: Lab, names: Sequence[str], protected: bool = True, as_json: bool = False) -> int:
-    """Attacks and controls by name; 0 if each came out as it must. Raises BadArgument for an unknown name."""
+def attack(lab: Lab, names: Sequence[str], as_json: bool = False) -> int:
+    """Attacks by name, without VTL1 and with it, and controls with it; 0 if each came out as it must.
+
+    Raises:
+        BadArgument: an unknown name.
+    """
     teller: Teller = JsonTeller() if as_json else ConsoleTeller()
-    results = _run(lab, teller, [(entry, (protected,)) for entry in find(names)])
-    return 0 if all(result.as_expected for result in results) else 1
+    jobs = [(entry, BOTH if isinstance(entry, Attack) else PROTECTED) for entry in select(names)]
+    return 0 if all(result.as_expected for result in _run(lab, teller, jobs)) else 1
 
 
 def _run(lab: Lab, teller: Teller, jobs: Sequence[tuple[Attack | Control, Sequence[bool]]]) -> list[Result]:
@@ -62,18 +66,13 @@ def _run(lab: Lab, teller: Teller, jobs: Sequence[tuple[Attack | Control, Sequen
     return done
 
 
-def find(names: Sequence[str]) -> list[Attack | Control]:
+def select(names: Sequence[str]) -> list[Attack | Control]:
     """Attacks and controls by name. Raises BadArgument for an unknown one."""
     known: dict[str, Attack | Control] = {entry.name: entry for entry in [*ATTACKS, *CONTROLS]}
     for name in names:
         if name not in known:
             raise BadArgument(f"attack {name!r}", f"is none of {', '.join(known)}")
     return [known[name] for name in names]
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Before anything is started. Raises BadArgument."""
-    find(names)
 
 
 def list_attacks(as_json: bool = False) -> int:
