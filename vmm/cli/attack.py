@@ -1,0 +1,41 @@
+"""`vtlab demo` and `vtlab attack`: the commands; what they do is in vmm.cli.demo and vtlab_attacks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmm.cli import options
+
+
+def demo(
+    vmm: options.Vmm = "",
+    monitor: options.Monitor = "",
+    trust: options.Trust = "",
+    as_json: options.Json = False,
+) -> int:
+    """Attack a real guest, first unprotected and then protected by VTL1; exit code 0 if all went as it must."""
+    from vmm.cli import demo as body
+
+    with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
+        return body.demo(lab, as_json)
+
+
+def attack(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Attacks or legitimate operations; none lists them.")
+    ] = None,
+    vmm: options.Vmm = "",
+    monitor: options.Monitor = "",
+    trust: options.Trust = "",
+    as_json: options.Json = False,
+) -> int:
+    """Run attacks by name, without VTL1 and with it; exit code 0 if each came out as it must."""
+    from vmm.cli import demo as body
+
+    if not names:
+        return body.list_attacks(as_json)
+    body.select(names)  # an unknown name costs no start
+    with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
+        return body.attack(lab, names, as_json)

@@ -1,0 +1,193 @@
+"""`vtlab run`: boots an image as QEMU would, with the guest's serial port on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+
+from vmm.cli import options
+from vmm.cli.exit_codes import ExitCode, of_debug_exit
+from vmm.cli.output import print_error, print_json
+from vmm.cli.qemu_options import SerialTarget, parse_modules, parse_ram, parse_serial
+from vtlab.errors import BadArgument, VtlabError
+
+if TYPE_CHECKING:
+    from vtlab.client import Machine
+    from vtlab.v1 import vmm_pb2
+
+
+def run(
+    image: Annotated[str, typer.Argument(help="Multiboot, ELF or flat image.")] = "",
+    kernel: Annotated[str, typer.Option("-kernel", metavar="IMAGE", help="The same as the argument.")] = "",
+    ram: Annotated[str, typer.Option("-m", metavar="SIZE", help="RAM, in MiB or with a unit.")] = "64M",
+    processors: Annotated[int, typer.Option("-smp", metavar="N", min=1, help="vCPUs.")] = 1,
+    append: Annotated[str, typer.Option("-append", metavar="TEXT", help="Kernel command line.")] = "",
+    initrd: Annotated[str, typer.Option("-initrd", metavar="FILE[ ARGS][,…]", help="Multiboot modules.")] = "",
+    serial: Annotated[
+        list[str] | None,
+        typer.Option("-serial", metavar="TARGET", help="stdio, file:PATH or null; twice for COM2."),
+    ] = None,
+    no_reboot: Annotated[bool, typer.Option("-no-reboot", help="Stop where the machine would reset.")] = False,
+    no_vtl1: Annotated[bool, typer.Option("--no-vtl1", help="Do not offer VTL1 to the guest.")] = False,
+    policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
+    rules: options.Rules = "",
+    vmm: options.Vmm = "",
+    monitor: options.Monitor = "",
+    trust: options.Trust = "",
+    as_json: options.Json = False,
+) -> int:
+    """Boot an image and wait for its end; Ctrl-C stops it. Returns (value << 1) | 1 of the guest's debug exit."""
+    if bool(image) == bool(kernel):
+        raise BadArgument("image", "give one, as an argument or by -kernel")
+    image = image or kernel
+    size = parse_ram(ram)
+    targets = parse_serial(serial or [])
+    modules = parse_modules(initrd)
+    text = read_text(policy)
+    with contextlib.ExitStack() as stack:
+        sinks = stack.enter_context(_sinks(targets, as_json))
+        lab = stack.enter_context(options.given_or_private(vmm, monitor, trust, rules, as_json))
+        machine = stack.enter_context(
+            lab.create(
+                image,
+                ram=size,
+                vp_count=processors,
+                command_line=append,
+                modules=list(modules),
+                vtl1=not no_vtl1,
+                stop_on_reset=no_reboot,
+            )
+        )
+        if policy:
+            lab.policy.set(machine, text, policy)
+        if targets[0].stdio or targets[1].stdio:
+            _forward_stdin(machine, 0 if targets[0].stdio else 1)
+        late = _start(machine, timeout, stack)
+        end = _follow(machine, sinks)
+        return _report(machine, end, late.is_set(), timeout, as_json)
+
+
+def read_text(file: str) -> str:
+    if not file:
+        return ""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadArgument(file, f"is not UTF-8 text: {error}") from None
+
+
+@contextlib.contextmanager
+def _sinks(targets: tuple[SerialTarget, SerialTarget], as_json: bool) -> Iterator[dict[int, IO[bytes]]]:
+    """Port -> where its bytes go. Files are made before anything starts, so that a bad path costs nothing."""
+    with contextlib.ExitStack() as stack:
+        sinks: dict[int, IO[bytes]] = {}
+        for port, target in enumerate(targets):
+            if target.file is not None:
+                sinks[port] = stack.enter_context(target.file.open("wb", buffering=0))
+            elif target.stdio and not as_json:
+                sinks[port] = sys.stdout.buffer
+        yield sinks
+
+
+def _forward_stdin(machine: Machine, port: int) -> None:
+    """Types what comes on stdin, from a thread that ends with the process; a terminal is the guest's to echo."""
+    if sys.stdin is None or sys.stdin.closed:
+        return
+    descriptor = sys.stdin.fileno()
+
+    def forward() -> None:
+        with contextlib.suppress(VtlabError, OSError):
+            while data := os.read(descriptor, 4096):
+                machine.write_serial(port, data)
+
+    threading.Thread(target=forward, name="stdin", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _quiet_terminal() -> Iterator[None]:
+    """No echo and no line editing on a terminal; Ctrl-C stays ours."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+    import tty
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setcbreak(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _start(machine: Machine, timeout: float, stack: contextlib.ExitStack) -> threading.Event:
+    """Starts the machine and, if asked, a clock that stops it; the event tells that the clock did."""
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        with contextlib.suppress(VtlabError):
+            machine.stop()
+
+    stack.enter_context(_quiet_terminal())
+    if timeout:
+        clock = threading.Timer(timeout, stop)
+        clock.daemon = True
+        stack.callback(clock.cancel)
+        clock.start()
+    machine.start()
+    return late
+
+
+def _follow(machine: Machine, sinks: dict[int, IO[bytes]]) -> vmm_pb2.Machine:
+    """Copies serial output as it comes, until the machine has ended."""
+    from vtlab.client.serial import ENDED
+
+    for event in machine.events(["serial", "state", "lost"]):
+        kind = event.WhichOneof("detail")
+        if kind == "serial" and event.serial.port in sinks:
+            sink = sinks[event.serial.port]
+            sink.write(event.serial.data)
+            sink.flush()
+        elif kind == "lost":
+            print_error(f"{event.lost.count} events were lost, maybe with serial output")
+        elif kind == "state" and event.state.state in ENDED:
+            return event.state
+    return machine.info()
+
+
+def _report(machine: Machine, end: vmm_pb2.Machine, late: bool, timeout: float, as_json: bool) -> int:
+    from vtlab.client.names import state_name
+
+    state = state_name(end.state)
+    code: int = ExitCode.OK
+    if end.HasField("debug_exit"):
+        code = of_debug_exit(end.debug_exit)
+    elif late:
+        code = ExitCode.TIMED_OUT
+        print_error(f"machine '{machine.name}': did not end in {timeout:g} s")
+    elif state == "FAILED":
+        code = ExitCode.GUEST_FAILED
+        print_error(f"machine '{machine.name}': failed: {end.reason or 'no reason given'}")
+    if as_json:
+        machine.wait_state(end.state)  # all serial output has arrived then
+        print_json(
+            {
+                "exit_code": int(code),
+                "state": state,
+                "reason": end.reason,
+                "debug_exit": end.debug_exit if end.HasField("debug_exit") else None,
+                "generation": end.generation,
+                "serial": [machine.serial(0), machine.serial(1)],
+            }
+        )
+    return code
