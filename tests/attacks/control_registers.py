@@ -11,8 +11,8 @@ from vtlab.x86.registers import Cr0, Cr4, Efer, Msr
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, observe
 from vtlab_attacks.state import ENTRY_ADDRESS, NX, PRESENT, register
 
-SMEP_BYPASS = "Oberheide, Rosenberg 2012; Rosenberg 2013, 'SMEP bypass by CR4 write'"
-HEKI = "Heki v3, 'Pin critical control registers' (Salaün 2024)"
+SMEP_BYPASS = "Rosenberg 2011, SMEP and how to beat it; Konovalov 2017, native_write_cr4 by CVE-2017-7308"
+HEKI = "Heki v3, CR pinning (Salaün 2024)"
 
 
 def clear_bit(cr: str, bit: Cr0 | Cr4) -> Run:
@@ -145,12 +145,15 @@ ATTACKS = [
     Attack("cr0-lmsw", "Sets CR0.EM by LMSW, the other way to write CR0", "Intel SDM volume 2, LMSW", lmsw),
     Attack("efer-nxe", "Clears EFER.NXE, from page tables without NX", "LVBS LOCK_REGS (EFER)", clear_nxe),
     Attack(
-        "cr3-forged", "Loads CR3 with a copy of the page tables", "Heki v3 thread (Christopherson)", load_forged_root
+        "cr3-forged",
+        "Loads CR3 with a copy of the page tables",
+        "Heki v3 thread (Christopherson 2024): page tables writable only from VTL1",
+        load_forged_root,
     ),
     Attack(
         "cr-writer-removed",
         "Calls the kernel's own function that writes CR4",
-        "Christopherson 2024-05-07: 'completely remove its access to code that changes CR0/CR4'",
+        "Heki v3 thread (Christopherson 2024): 'completely remove its access to code that changes CR0/CR4'",
         call_removed_writer,
     ),
     Attack(

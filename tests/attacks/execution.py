@@ -128,10 +128,15 @@ ATTACKS = [
     Attack(
         "exec-data",
         "Runs code from a data page after clearing NX in its entry",
-        "Heki v3, memory permissions",
+        "Heki v2, memory permissions (Salaün, Venkataraman 2023)",
         run_data,
     ),
-    Attack("exec-user", "Clears SMEP and runs user code at CPL0", "Rosenberg 2013, ret2usr", run_user_code),
+    Attack(
+        "exec-user",
+        "Clears SMEP and runs user code at CPL0",
+        "Kemerlis, Portokalidis, Keromytis 2012, ret2usr",
+        run_user_code,
+    ),
     Attack("exec-user-alias", "Runs user code at CPL0 through a kernel mapping of it", RET2DIR, run_user_alias),
     Attack("module-unsigned", "Loads a module without a signature", "LVBS VALIDATE_MODULE", load_module("unsigned")),
     Attack(

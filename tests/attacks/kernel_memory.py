@@ -23,7 +23,7 @@ from vtlab_attacks.state import (
 
 VICTIM = "static_key_audit"  # returns 0, until its site is patched
 RETURN_BAD = bytes.fromhex("b8ad0b0000c39090")  # mov $0xbad, %eax; ret
-HEKI_MEMORY = "Heki v3, memory permissions (Venkataraman 2024)"
+HEKI_MEMORY = "Heki v2, memory permissions (Salaün, Venkataraman 2023)"
 
 
 def _text(machine: Machine, symbols: Symbols) -> bytes | None:
@@ -145,7 +145,7 @@ ATTACKS = [
     Attack(
         "text-alias-service",
         "Asks the kernel's mapping service for that alias",
-        "LVBS, memory integrity",
+        "LVBS, W^X of mappings",
         alias_text_by_service,
     ),
     Attack(
@@ -160,7 +160,7 @@ ATTACKS = [
     Attack(
         "debugger-text",
         "Overwrites kernel text from outside, as the VMM's client",
-        "vtlab design, clients",
+        "Heki thread (Christopherson 2023): whoever can coerce userspace can write",
         debugger_text,
     ),
 ]

@@ -26,7 +26,7 @@ FW_CFG_READ_SIGNATURE = 0 << 16 | 8 | 2  # key 0 ("QEMU"), SELECT, READ
 FW_CFG_ERROR = 1
 
 LITEBOX_852 = "litebox issue 852 (ranges that overlap VTL1's memory)"
-BYPASS_DMA = "Christopherson 2023-05-25: 'a guest can make a host device write protected memory'"
+BYPASS_DMA = "Heki thread (Christopherson 2023): a guest can make a host device write protected memory"
 NEEDS_VTL1 = "VTL1 is not enabled, so there is nothing to relax"
 
 
@@ -181,14 +181,14 @@ ATTACKS = [
     Attack(
         "vmsave-nested",
         "Writes below the nested table by VMSAVE",
-        "AMD APM volume 2, 15.5.2; seen in the emulator this core is built on",
+        "AMD APM volume 2, 15.5; seen in the emulator that this core is built on",
         vmsave,
         "the core hides AMD-V from every guest, guarded or not",
     ),
     Attack(
         "policy-replace",
         "Hands VTL1 a laxer policy after the lock",
-        "Christopherson 2024-05-07: who may re-authenticate",
+        "Heki v3 thread (Christopherson 2024): a VMCALL cannot say who may relax what",
         replace_policy,
         "VTL1 is not enabled, so there is no policy to replace",
     ),
