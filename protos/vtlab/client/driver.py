@@ -91,7 +91,7 @@ class Driver:
         answers: list[str] = []
         pending: list[str] = []
         for line in [*lines, None]:
-            if line is None or sum(map(len, pending)) + len(line) > BATCH_BYTES:
+            if pending and (line is None or sum(map(len, pending)) + len(line) > BATCH_BYTES):
                 self.machine.write_serial(COMMAND_PORT, "".join(f"{text}\n" for text in pending))
                 answers += [self._answers.read_line(timeout) for _ in pending]
                 pending = []
