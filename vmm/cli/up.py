@@ -37,8 +37,8 @@ def up(
         with progress("starting guest, monitor and VMM", as_json):
             lab = stack.enter_context(launch(code, vmm_listen=vmm_listen, monitor_listen=monitor_listen))
         stack.enter_context(_published(lab))
-        _announce(lab, as_json)
         with contextlib.suppress(KeyboardInterrupt):
+            _announce(lab, as_json)
             _until_one_dies(lab)
     return 0
 

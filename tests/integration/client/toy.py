@@ -79,7 +79,19 @@ class ToyVmm(vmm_pb2_grpc.VmmServiceServicer):
     def StartMachine(self, request: vmm_pb2.StartMachineRequest, context: Any) -> Any:
         machine = self._move(request.vm, "start")
         self.post(request.vm, serial={"port": 0, "data": b"hello\n"})
+        self._play(machine, self.images[machine.spec.image.sha256])
         return vmm_pb2.StartMachineResponse(machine=machine)
+
+    def _play(self, machine: vmm_pb2.Machine, image: bytes) -> None:
+        """An image that says "exit N" or "fail" does so; any other runs on."""
+        word, _, number = image.partition(b" ")
+        if word == b"exit":
+            self.post(machine.vm, serial={"port": 1, "data": b"on COM2\n"})
+            machine.debug_exit = int(number)
+            self._move(machine.vm, "stop", "debug exit")
+        elif word == b"fail":
+            machine.state, machine.reason = vmm_pb2.MACHINE_STATE_FAILED, "the core broke"
+            self.post(machine.vm, state=machine)
 
     def PauseMachine(self, request: vmm_pb2.PauseMachineRequest, context: Any) -> Any:
         return vmm_pb2.PauseMachineResponse(machine=self._move(request.vm, "pause"))
