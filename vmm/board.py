@@ -14,8 +14,8 @@ from vmm.devices.bus import PortBus
 from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hyperv_msrs import SyntheticMsrs
+from vmm.level import Level
 from vmm.memory import Memory
-from vmm.peers import Level
 from vmm.processor import Processor
 from vmm.vtl import PartitionVtl
 from vtlab.v1 import vmm_pb2

@@ -23,13 +23,13 @@ from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.images import ImageStore
+from vmm.level import Level
 from vmm.memory import Memory
-from vmm.peers import Level
 from vmm.processor import Processor
 from vmm.run_loop import run
 from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
-from vtlab.errors import TimedOut, VtlabError
+from vtlab.errors import NotFound, TimedOut, VtlabError
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, Update
@@ -80,6 +80,7 @@ class Machine:
         self._directory = directory
         self._state: MachineState.ValueType = CREATED
         self._reason = ""
+        self._destroyed = False
         self._debug_exit: int | None = None
         self._generation = 1
         self._control = threading.RLock()
@@ -125,7 +126,7 @@ class Machine:
             TimedOut: a vCPU does not come out.
         """
         with self._control:
-            after(self._state, operation, self.vm)
+            self._after(operation)
             if not parked:
                 yield self._board
                 return
@@ -156,7 +157,7 @@ class Machine:
             The state before it.
         """
         with self._control:
-            after(self._state, Operation.HIJACK, self.vm)
+            self._after(Operation.HIJACK)
             board = self._board
             if self._state == RUNNING:
                 board.gate.park()
@@ -177,16 +178,23 @@ class Machine:
     def destroy(self) -> None:
         """Ends it and removes its memory. The levels forget it as far as they can be reached."""
         with self._control:
-            after(self._state, Operation.DESTROY, self.vm)
+            self._after(Operation.DESTROY)
+            self._destroyed = True
             self._stop_threads()
             self._forget()
 
     # -------------------------------------------------------------------------------------------------------- inside
 
+    def _after(self, operation: Operation) -> MachineState.ValueType:
+        """The state after an operation. Raises WrongState, or NotFound once destroyed."""
+        if self._destroyed:
+            raise NotFound(f"machine '{self.vm}'", "was destroyed")
+        return after(self._state, operation, self.vm)
+
     def _move(self, operation: Operation, act: Callable[[], object], reason: str = "") -> vmm_pb2.Machine:
         """Does an operation and takes the state that follows. If it fails half-way, the machine is FAILED."""
         with self._control:
-            following = after(self._state, operation, self.vm)
+            following = self._after(operation)
             try:
                 act()
             except VtlabError as error:
@@ -218,9 +226,9 @@ class Machine:
         """What a vCPU's end means for the machine; one that belongs to an earlier generation means nothing."""
         with self._control:
             operation = _FROM_INSIDE[ending.state]
-            if board is not self._board or self._state in (STOPPED, FAILED):
+            if board is not self._board or self._destroyed or self._state in (STOPPED, FAILED):
                 return
-            following = after(self._state, operation, self.vm)
+            following = self._after(operation)
             if operation is Operation.BREAK:
                 self._break(ending.reason)
                 return

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from vmm.events import EventLog
 from vmm.images import ImageStore
+from vmm.level import Level
 from vmm.machine import Machine
-from vmm.peers import Level
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported
 from vtlab.v1.vmm_pb2 import MachineSpec
 

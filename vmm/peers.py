@@ -49,8 +49,8 @@ class _Stream:
         self._call.cancel()
 
 
-class Level:
-    """One level of one machine, in another process.
+class RemoteLevel:
+    """One level of one machine, in another process (vmm.level.Level).
 
     Attributes:
         name: role and address, for errors.
@@ -98,13 +98,7 @@ class Level:
             return False  # who waits for the exit learns from the stream that the level is gone
 
     def enter(self, enter: Enter) -> Exit:
-        """Runs a vCPU until it exits.
-
-        Raises:
-            PeerUnavailable: the level is gone, or did not answer in time.
-            GuestMisbehaved: its answer is not one to this enter.
-            Cancelled: hang_up() was called.
-        """
+        """See Level.enter. An enter is repeated on a new stream if the old one broke."""
         request = RunRequest(enter=enter)
         vp_index = enter.vp_index
         if self.patience is not None:

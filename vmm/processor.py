@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
-from vmm.peers import Level
+from vmm.level import Level
 from vmm.vtl import VpVtl
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, Resolution, Update

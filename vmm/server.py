@@ -7,7 +7,7 @@ import logging
 import grpc
 
 from vmm.machines import Machines
-from vmm.peers import Level
+from vmm.peers import RemoteLevel
 from vmm.service import VmmService
 from vtlab.channels import ServerConfig, dial, serve
 from vtlab.errors import Unsupported
@@ -25,14 +25,14 @@ class Levels:
         self._config = config
         self._channels: dict[Role, grpc.Channel] = {}
 
-    def __call__(self, vtl: int) -> Level:
+    def __call__(self, vtl: int) -> RemoteLevel:
         """Raises PeerUnavailable if nobody answers, Unsupported if no address was given."""
         role, address = ((Role.GUEST, self._config.guest), (Role.MONITOR, self._config.monitor))[vtl]
         if not address:
             raise Unsupported(f"VTL{vtl}", f"this VMM was given no address of a {role}")
         if role not in self._channels:
             self._channels[role] = dial(address, self._config.trust, Role.VMM, role)
-        return Level(self._channels[role], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
+        return RemoteLevel(self._channels[role], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
 
     def close(self) -> None:
         for channel in self._channels.values():

@@ -90,9 +90,7 @@ def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> A
         return processor.resume(UNDEFINED_OPCODE)
     code = exit_.registers.rdi
     board.log_vtl(processor, VTL0, "call", code)
-    answer = enter_vtl1(
-        board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL, registers=exit_.registers, intercept=exit_)
-    )
+    answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL, registers=exit_.registers))
     take_updates(board, processor, answer)
     board.log_vtl(processor, VTL1, "return", code)
     if answer.resolution.action in (vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET):

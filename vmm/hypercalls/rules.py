@@ -14,7 +14,11 @@ from vmm.vtl import HIGHEST_VTL, VTL0, VTL1, PartitionVtl, VpVtl
 from vtlab.hyperv.hypercalls import PARTITION_SELF, VP_SELF
 from vtlab.hyperv.layouts import EnablePartitionVtlInput, ModifyProtectionHeader, VpHeader
 from vtlab.hyperv.status import HvStatus
-from vtlab.hyperv.vsm import EnablePartitionVtlFlags, MapGpaFlags
+from vtlab.hyperv.vsm import FULL_ACCESS, EnablePartitionVtlFlags, MapGpaFlags
+
+# Plain integers: the complement of an IntFlag has its own members' bits alone.
+_READABLE = int(MapGpaFlags.READABLE)
+_RIGHTS = int(FULL_ACCESS)
 
 
 class Facts(NamedTuple):
@@ -68,7 +72,7 @@ def target_is_not_vtl1(_facts: Facts, request: EnablePartitionVtlInput | VpHeade
 
 
 def unsupported_partition_flags(_facts: Facts, request: EnablePartitionVtlInput) -> bool:
-    return bool(request.flags & ~EnablePartitionVtlFlags.MBEC)
+    return bool(request.flags & ~int(EnablePartitionVtlFlags.MBEC))
 
 
 def vsm_not_offered(facts: Facts, _request: object) -> bool:
@@ -122,11 +126,10 @@ def illegal_flags(facts: Facts, request: ModifyProtectionHeader) -> bool:
 
 def legal_map_flags(flags: int, *, mbec: bool) -> bool:
     """R alone or with W and X; W or X without R, KMX without UMX, and without MBEC any difference are illegal."""
-    known = MapGpaFlags.READABLE | MapGpaFlags.WRITABLE | MapGpaFlags.KERNEL_EXECUTABLE | MapGpaFlags.USER_EXECUTABLE
-    if flags & ~known:
+    if flags & ~_RIGHTS:
         return False
     kernel, user = flags & MapGpaFlags.KERNEL_EXECUTABLE, flags & MapGpaFlags.USER_EXECUTABLE
-    if flags & ~MapGpaFlags.READABLE and not flags & MapGpaFlags.READABLE:
+    if flags & ~_READABLE and not flags & _READABLE:
         return False
     if kernel and not user:
         return False

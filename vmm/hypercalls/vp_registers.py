@@ -19,6 +19,11 @@ from vtlab.hyperv.status import HvStatus
 from vtlab.hyperv.vsm import DEFAULT_MASK, PartitionConfig, code_page_offsets
 
 _DENIED = HvStatus.ACCESS_DENIED
+_CONFIG_BITS = DEFAULT_MASK | int(
+    PartitionConfig.ENABLE_VTL_PROTECTION
+    | PartitionConfig.ZERO_MEMORY_ON_RESET
+    | PartitionConfig.DENY_LOWER_VTL_STARTUP
+)
 
 
 class Scope(NamedTuple):
@@ -65,10 +70,8 @@ def _partition_status(scope: Scope) -> int:
 def _write_config(scope: Scope, value: int) -> HvStatus:
     """Protection cannot be turned off again, and the default mask is written once (openvmm)."""
     levels = scope.call.board.vtl
-    known = PartitionConfig.ENABLE_VTL_PROTECTION | DEFAULT_MASK
-    known |= PartitionConfig.ZERO_MEMORY_ON_RESET | PartitionConfig.DENY_LOWER_VTL_STARTUP
     changed = value ^ levels.config
-    if value & ~known or (levels.protections_enabled and changed & (DEFAULT_MASK | 1)):
+    if value & ~_CONFIG_BITS or (levels.protections_enabled and changed & (DEFAULT_MASK | 1)):
         return HvStatus.INVALID_REGISTER_VALUE
     if value & 0b110 != 0b110:
         return HvStatus.INVALID_REGISTER_VALUE

@@ -1,0 +1,47 @@
+"""A level of a machine as the VMM uses it; vmm.peers reaches one in another process."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vtlab.v1.registers_pb2 import ProcessorState
+from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit
+
+
+class Level(Protocol):
+    """The vCPUs of one level: each is entered and exits."""
+
+    @property
+    def name(self) -> str:
+        """Role and address, for errors."""
+
+    @property
+    def vtl(self) -> int:
+        """0 or 1."""
+
+    def attach(self, request: AttachRequest) -> None:
+        """Binds the level to a machine. Raises what the level refuses with, or PeerUnavailable."""
+
+    def detach(self, vm: str) -> None:
+        """Makes the level forget the machine."""
+
+    def enter(self, enter: Enter) -> Exit:
+        """Runs a vCPU until it exits.
+
+        Raises:
+            PeerUnavailable: the level is gone, or did not answer in time.
+            GuestMisbehaved: its answer is not one to this enter.
+            Cancelled: hang_up() was called.
+        """
+
+    def kick(self, vp_index: int, sequence: int) -> bool:
+        """Makes that enter exit soon. False if it had exited already, or if the level cannot be reached."""
+
+    def state(self, vp_index: int) -> ProcessorState:
+        """Reads a vCPU that is not running."""
+
+    def hang_up(self) -> None:
+        """Who waits in enter() gets Cancelled."""
+
+    def close(self) -> None:
+        """Lets go of everything that belongs to this machine."""
