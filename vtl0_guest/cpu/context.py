@@ -1,0 +1,77 @@
+"""What instruction handlers work on: one processor's state, memory, devices and filter."""
+
+from __future__ import annotations
+
+from vtl0_guest.cpu.control import ControlState
+from vtl0_guest.cpu.devices.bus import Platform
+from vtl0_guest.cpu.engine import Engine
+from vtl0_guest.cpu.environment import Environment, Seg
+from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
+from vtl0_guest.cpu.intercepts import Intercepts
+from vtlab.x86.registers import Rflags
+
+_RF, _TF = int(Rflags.RF), int(Rflags.TF)
+_CS_LONG = 1 << 13
+
+
+class Context:
+    """One processor of one level.
+
+    Attributes:
+        debug: DR0-DR3, DR6, DR7. They are the core's own: the engine never sees an armed breakpoint.
+        shadows: MSRs that the core keeps for the guest and the engine does not have.
+        trap_pending: an emulated instruction ran with RFLAGS.TF set, so #DB is due.
+        halted: in HLT.
+        repeat: the instruction that was emulated has elements left (REP): RIP stays on it.
+    """
+
+    def __init__(
+        self,
+        vp_index: int,
+        vp_count: int,
+        vtl: int,
+        engine: Engine,
+        physical: PhysicalMemory,
+        platform: Platform,
+        shadows: dict[int, int],
+    ) -> None:
+        self.vp_index = vp_index
+        self.vp_count = vp_count
+        self.vtl = vtl
+        self.engine = engine
+        self.environment = Environment(engine)
+        self.memory = GuestMemory(physical, self.environment)
+        self.platform = platform
+        self.local_apic = platform.local_apic(vp_index)
+        self.intercepts = Intercepts()
+        self.debug = [0, 0, 0, 0, 0xFFFF0FF0, 0x400]
+        self.shadows = shadows
+        self.trap_pending = False
+        self.halted = False
+        self.repeat = False
+
+    def control_state(self) -> ControlState:
+        environment = self.environment
+        cs_long = bool(environment.segment(Seg.CS).attributes & _CS_LONG)
+        return ControlState(environment.cr(0), environment.cr(4), environment.efer, cs_long)
+
+    @property
+    def cr8(self) -> int:
+        return self.local_apic.tpr >> 4
+
+    def advance(self, length: int) -> None:
+        """Ends an emulated instruction: RIP moves on, RF and the interrupt shadow end, a single-step trap falls due."""
+        environment = self.environment
+        if self.repeat:
+            self.repeat = False
+            return
+        rip = environment.rip + length
+        environment.rip = (
+            rip if environment.bitness == 64 else rip & (0xFFFF_FFFF if environment.bitness == 32 else 0xFFFF)
+        )
+        flags = environment.rflags
+        if flags & _RF:
+            environment.rflags = flags & ~_RF
+        if flags & _TF:
+            self.trap_pending = True
+        environment.set_interrupt_shadow(False)

@@ -1,0 +1,258 @@
+"""One level of one machine: its engines, its memory as the nested table shows it, its devices and its timer."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterable
+
+from vtl0_guest.cpu import hypercall_page, msrs
+from vtl0_guest.cpu.context import Context
+from vtl0_guest.cpu.devices.bus import Platform
+from vtl0_guest.cpu.engine import Engine, Region
+from vtl0_guest.cpu.guest_memory import PhysicalMemory
+from vtl0_guest.cpu.nested import (
+    ADDRESS,
+    EXTRA_BASE,
+    PRIVATE_BASE,
+    REGION_SHIFT,
+    SEALED_BASE,
+    WRITABLE_BASE,
+    NestedTable,
+    P,
+)
+from vtl0_guest.cpu.processor import Processor
+from vtl0_guest.cpu.turns import Turns
+from vtlab import errors
+from vtlab.ram import PAGE_SIZE, Ram, RamFile
+from vtlab.v1 import vcpu_pb2
+
+_BASES = {RamFile.WRITABLE: WRITABLE_BASE, RamFile.SEALED: SEALED_BASE, RamFile.PRIVATE: PRIVATE_BASE}
+_STORES = {
+    vcpu_pb2.PAGE_STORE_WRITABLE: RamFile.WRITABLE,
+    vcpu_pb2.PAGE_STORE_SEALED: RamFile.SEALED,
+    vcpu_pb2.PAGE_STORE_PRIVATE: RamFile.PRIVATE,
+}
+_ALL = vcpu_pb2.PageAccess(read=True, write=True, kernel_execute=True, user_execute=True)
+_READ_EXECUTE = vcpu_pb2.PageAccess(read=True, kernel_execute=True, user_execute=True)
+# Serial output waits this long for another exit, in seconds.
+_OUTPUT_DELAY = 0.010
+
+
+class _Buffer(ctypes.Structure):
+    """Py_buffer, as far as the address (Python's C API, stable ABI)."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("object", ctypes.py_object),
+        ("length", ctypes.c_ssize_t),
+        ("rest", ctypes.c_byte * 64),
+    )
+
+
+def _address(view: mmap.mmap) -> int:
+    """Host address of a mapping, also of a read-only one."""
+    buffer = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), 0)
+    address = buffer.address
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+    return int(address or 0)
+
+
+class Core:
+    """The processors of one level of one machine.
+
+    `ram` must outlive the core. Initially every page is in the writable file with all rights.
+
+    Attributes:
+        nested: the nested page table that all processors share.
+        turns: the run token; one processor runs at a time.
+    """
+
+    def __init__(self, ram: Ram, vp_count: int, vtl: int, platform: Platform) -> None:
+        """Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library) if this Unicorn is not the known one."""
+        self.platform = platform
+        self.vtl = vtl
+        self.nested = NestedTable(ram.size, ram.size)
+        self.turns = Turns()
+        self._ram = ram
+        self._overlay = mmap.mmap(-1, PAGE_SIZE)
+        self._overlay[:] = hypercall_page.content()
+        self._overlay_page: int | None = None
+        # What each page has, so that taking an overlay away restores it.
+        self._under_overlay: tuple[int, int] = (0, 0)
+        regions = [
+            Region(_BASES[file], ram.size, _address(view), not memoryview(view).readonly)
+            for file, view in ram.views.items()
+        ]
+        regions.append(Region(EXTRA_BASE, PAGE_SIZE, _address(self._overlay), False))
+        views: list[memoryview | None] = [None] * 16
+        for file, view in ram.views.items():
+            views[_BASES[file] >> REGION_SHIFT] = memoryview(view)
+        views[EXTRA_BASE >> REGION_SHIFT] = memoryview(self._overlay).toreadonly()
+        self._views = views
+        self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
+        physical = PhysicalMemory(self.nested, views, self._stored)
+        self._processors = []
+        for index in range(vp_count):
+            engine = Engine(regions, self.nested)
+            context = Context(index, vp_count, vtl, engine, physical, platform, msrs.initial_shadows())
+            self._processors.append(Processor(self, context))
+            self._hide_device_page(context)
+        self._closed = False
+        self._timer_changed = threading.Condition()
+        platform.on_wake = self._wake
+        platform.on_deadline = self._rearm
+        self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
+        self._timer.start()
+
+    def processor(self, vp_index: int) -> Processor:
+        """Raises BadArgument for an index that the machine does not have."""
+        if not 0 <= vp_index < len(self._processors):
+            raise errors.BadArgument(f"vCPU {vp_index}", f"the machine has {len(self._processors)}")
+        return self._processors[vp_index]
+
+    def close(self) -> None:
+        """Ends the timer and lets go of the memory. No processor may be running."""
+        with self._timer_changed:
+            self._closed = True
+            self._timer_changed.notify_all()
+        self._timer.join()
+        self.platform.on_wake = lambda _vp_index: None
+        self.platform.on_deadline = lambda: None
+        for processor in self._processors:
+            processor.context.engine.close()
+        self._processors.clear()
+        for view in self._views:
+            if view is not None:
+                view.release()
+
+    # --------------------------------------------------------------------------------------------------- memory
+
+    def protect(self, update: vcpu_pb2.ProtectionUpdate) -> None:
+        """Programs the nested entries of runs of pages. Raises BadArgument; nothing is programmed then."""
+        runs = list(zip(update.runs[::2], update.runs[1::2], strict=False))
+        if len(update.runs) % 2 or any(first + count > self.nested.ram_pages for first, count in runs):
+            raise errors.BadArgument("ProtectionUpdate.runs", f"not pairs within {self.nested.ram_pages:#x} pages")
+        access = update.access
+        none = not (access.read or access.write or access.kernel_execute or access.user_execute or access.page_table)
+        file = _STORES.get(update.store)
+        if none:
+            access, base = vcpu_pb2.PageAccess(), WRITABLE_BASE
+        elif file is None or file not in self._ram.views:
+            raise errors.BadArgument("ProtectionUpdate.store", f"{update.store} is not open in this process")
+        else:
+            base = _BASES[file]
+            if access.write and self._views[base >> REGION_SHIFT].readonly:  # type: ignore[union-attr]
+                raise errors.BadArgument("ProtectionUpdate.access", f"{file.value} cannot be written by this process")
+        changes_code = False
+        for first, count in runs:
+            self.nested.map(first, count, base, access)
+            changes_code = changes_code or access.kernel_execute or access.user_execute
+        for processor in self._processors:
+            self._hide_device_page(processor.context)
+            if changes_code:
+                self._invalidate_runs(processor.context.engine, base, runs)
+        if self._overlay_page is not None and any(first <= self._overlay_page < first + count for first, count in runs):
+            self._place_overlay(self._overlay_page)
+
+    @staticmethod
+    def _invalidate_runs(engine: Engine, base: int, runs: Iterable[tuple[int, int]]) -> None:
+        for first, count in runs:
+            engine.invalidate_pages(base + first * PAGE_SIZE, count)
+
+    def invalidate_code(self, gfns: Iterable[int]) -> None:
+        """Forgets translated code of these guest pages; of all, if there are none."""
+        pages = list(gfns)
+        for processor in self._processors:
+            engine = processor.context.engine
+            if not pages:
+                engine.flush_code()
+            for page in pages:
+                if page < self.nested.ram_pages:
+                    for file in self._ram.views:
+                        engine.invalidate_pages(_BASES[file] + page * PAGE_SIZE, 1)
+
+    def _stored(self, page: int) -> None:
+        """The core wrote to a page itself: code that was translated from it is stale."""
+        frame = self.nested.entry(page) & ADDRESS
+        for processor in self._processors:
+            processor.context.engine.invalidate_pages(frame, 1)
+
+    def _hide_device_page(self, context: Context) -> None:
+        """RAM never shows through the local APIC's registers."""
+        base = context.local_apic.mmio_base
+        if base is not None and self.nested.entry(base >> 12):
+            self.nested.map(base >> 12, 1, WRITABLE_BASE, vcpu_pb2.PageAccess())
+
+    def set_hypercall_page(self, update: vcpu_pb2.HypercallPage) -> None:
+        """Places, moves or takes away the overlay. Raises BadArgument for a page outside RAM."""
+        if update.enabled and update.gfn >= self.nested.ram_pages:
+            raise errors.BadArgument(f"hypercall page {update.gfn:#x}", "is outside RAM")
+        if self._overlay_page is not None:
+            self.nested.restore(self._overlay_page, self._under_overlay)
+            self._overlay_page = None
+        if update.enabled:
+            self._place_overlay(update.gfn)
+
+    def _place_overlay(self, page: int) -> None:
+        self._under_overlay = (self.nested.entry(page), self.nested.entry(page, user=True))
+        self._overlay_page = page
+        self.nested.map(page, 1, EXTRA_BASE - page * PAGE_SIZE, _READ_EXECUTE)
+
+    def is_overlay(self, gpa: int) -> bool:
+        return self._overlay_page is not None and gpa >> 12 == self._overlay_page
+
+    def gpa_of(self, system_physical: int) -> int | None:
+        """Guest-physical address of a place in a RAM file or in the overlay."""
+        if system_physical >> REGION_SHIFT == EXTRA_BASE >> REGION_SHIFT:
+            page = self._overlay_page
+            return None if page is None else page << 12 | system_physical & 0xFFF
+        gpa = system_physical & (1 << REGION_SHIFT) - 1
+        entry = self.nested.entry(gpa >> 12)
+        return gpa if entry & P and entry & ADDRESS == system_physical & ADDRESS else None
+
+    # --------------------------------------------------------------------------------------------------- devices
+
+    def serial_input(self, update: vcpu_pb2.SerialInput) -> None:
+        """Raises BadArgument for a port that is not there."""
+        try:
+            self.platform.serial.receive(update.port, update.data)
+        except IndexError:
+            raise errors.BadArgument(f"serial port {update.port}", "does not exist") from None
+
+    def _wake(self, vp_index: int) -> None:
+        if vp_index < len(self._processors):
+            self._processors[vp_index].wake()
+
+    def _rearm(self) -> None:
+        with self._timer_changed:
+            self._timer_changed.notify_all()
+
+    def output_started(self) -> None:
+        """Serial output waits: the timer must look at it."""
+        self._rearm()
+
+    def _run_timer(self) -> None:
+        """Lets time pass for the devices, and sends serial output on its way."""
+        platform = self.platform
+        while True:
+            now = platform.clock.now()
+            deadlines = [platform.next_deadline()]
+            unsent = platform.serial.first_unsent
+            if unsent is not None:
+                deadlines.append(unsent + _OUTPUT_DELAY)
+            due = min((moment for moment in deadlines if moment is not None), default=None)
+            with self._timer_changed:
+                if self._closed:
+                    return
+                if due is None or due > now:
+                    self._timer_changed.wait(None if due is None else due - now)
+                    continue
+            platform.advance(now)
+            if unsent is not None and unsent + _OUTPUT_DELAY <= now:
+                for processor in self._processors:
+                    processor.collect_output()
+                with self._timer_changed:
+                    self._timer_changed.wait(_OUTPUT_DELAY)

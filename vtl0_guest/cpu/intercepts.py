@@ -1,0 +1,61 @@
+"""Which changes exit: the filter of vcpu.proto as pure decisions on values."""
+
+from __future__ import annotations
+
+from vtlab.v1 import registers_pb2, vcpu_pb2
+
+# CR3 without PCID and flags.
+_CR3_BASE = 0x000F_FFFF_FFFF_F000
+
+
+class Intercepts:
+    """One InterceptFilter, made fast to ask."""
+
+    def __init__(self, message: vcpu_pb2.InterceptFilter | None = None) -> None:
+        message = message or vcpu_pb2.InterceptFilter()
+        self._masks = {
+            registers_pb2.REGISTER_NAME_CR0: message.cr0_mask,
+            registers_pb2.REGISTER_NAME_CR4: message.cr4_mask,
+            registers_pb2.REGISTER_NAME_EFER: message.efer_mask,
+            registers_pb2.REGISTER_NAME_XFEM: message.xcr0_mask,
+        }
+        self._cr3_writes = message.cr3_writes
+        self._cr3_targets = frozenset(target & _CR3_BASE for target in message.cr3_targets)
+        self._tables = {
+            registers_pb2.REGISTER_NAME_GDTR: message.gdtr_writes,
+            registers_pb2.REGISTER_NAME_IDTR: message.idtr_writes,
+            registers_pb2.REGISTER_NAME_LDTR: message.ldtr_writes,
+            registers_pb2.REGISTER_NAME_TR: message.tr_writes,
+        }
+        self._msr_writes: dict[int, int] = {}
+        for entry in message.msr_writes:
+            self._msr_writes[entry.index] = self._msr_writes.get(entry.index, 0) | entry.mask
+        self._msr_reads = [range(item.first, item.first + item.count) for item in message.msr_reads]
+        self._ports = [range(item.first, item.first + item.count) for item in message.ports]
+        self.cpuid, self.hlt, self.invlpg = message.cpuid, message.hlt, message.invlpg
+
+    def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:
+        """CR0, CR4, EFER, XCR0: does a watched bit change?"""
+        return bool((old ^ new) & self._masks[name])
+
+    def cr3_write(self, value: int) -> bool:
+        """MOV to CR3: is the new root watched? A repeated load of the present root counts as any other."""
+        return self._cr3_writes and value & _CR3_BASE not in self._cr3_targets
+
+    def table_write(self, name: registers_pb2.RegisterName.ValueType) -> bool:
+        """LGDT, LIDT, LLDT, LTR."""
+        return self._tables[name]
+
+    def msr_write(self, index: int, old: int, new: int) -> bool:
+        """Does a watched bit of the MSR change?"""
+        return bool((old ^ new) & self._msr_writes.get(index, 0))
+
+    def msr_watched(self, index: int) -> bool:
+        return index in self._msr_writes
+
+    def msr_read(self, index: int) -> bool:
+        return any(index in item for item in self._msr_reads)
+
+    def port(self, port: int, size: int) -> bool:
+        """Does any byte of the access lie in a watched range?"""
+        return any(port + offset in item for item in self._ports for offset in range(size))

@@ -1,0 +1,131 @@
+"""What a refusal by the nested table means: which access, at which addresses, with what data.
+
+AMD-V gives the guest-physical address and whether it was a read, write or fetch (EXITINFO2, low half of EXITINFO1). The
+guest-virtual address comes from the decoded operands: the one whose walk meets the physical page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from iced_x86 import Instruction, InstructionInfoFactory, OpAccess
+
+from vtl0_guest.cpu.context import Context
+from vtl0_guest.cpu.decode import NO_REGISTER, SEGMENTS, memory_size, read_register
+from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault
+from vtl0_guest.cpu.guest_memory import EXECUTE, READ, WRITE
+from vtl0_guest.cpu.instructions import moves
+from vtl0_guest.cpu.operation import Operation
+from vtlab.v1 import vcpu_pb2
+from vtlab.x86 import paging
+
+_factory = InstructionInfoFactory()
+_WRITES = frozenset({OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE})
+_ERROR_WRITE, _ERROR_FETCH = 2, 16
+_MASK64 = (1 << 64) - 1
+
+
+def access_kind(error_code: int) -> vcpu_pb2.AccessKind.ValueType:
+    """From the low bits of EXITINFO1 (AMD APM volume 2, 15.25.6)."""
+    if error_code & _ERROR_FETCH:
+        return EXECUTE
+    return WRITE if error_code & _ERROR_WRITE else READ
+
+
+def linear_addresses(context: Context, instruction: Instruction) -> Iterator[tuple[int, bool]]:
+    """Linear address of each explicit and implicit memory operand, and whether it is written."""
+    environment = context.environment
+    for used in _factory.info(instruction).used_memory():
+        if used.access == OpAccess.NO_MEM_ACCESS:
+            continue
+        segment = SEGMENTS.get(used.segment)
+        base = environment.segment(segment).base if segment is not None else 0
+        offset = used.displacement
+        parts: tuple[tuple[int, int], ...] = ((used.base, 1), (used.index, used.scale))
+        for register, scale in parts:
+            if register != NO_REGISTER:
+                offset += read_register(environment, register) * scale
+        if environment.bitness == 64:
+            flat = segment is None or segment < 4
+            yield (offset & _MASK64 if flat else base + offset & _MASK64), used.access in _WRITES
+        else:
+            yield base + (offset & 0xFFFF_FFFF) & 0xFFFF_FFFF, used.access in _WRITES
+
+
+def _tables(context: Context, linear: int) -> set[int]:
+    """Guest-physical pages of the tables that a walk of `linear` reads, as far as it gets."""
+    pages: set[int] = set()
+
+    def read(address: int, size: int) -> int:
+        pages.add(address >> 12)
+        return context.memory.physical.read_entry(address, size)
+
+    environment = context.environment
+    try:
+        paging.walk(
+            read, cr0=environment.cr(0), cr3=environment.cr(3), cr4=environment.cr(4), efer=environment.efer, gva=linear
+        )
+    except (NestedFault, ValueError):
+        pass
+    return pages
+
+
+def locate(context: Context, instruction: Instruction | None, fault: NestedFault) -> NestedFault:
+    """Fills in the guest-virtual address, the data of a plain store, and whether the walker itself was refused."""
+    environment = context.environment
+    candidates: list[int] = []
+    if instruction is not None and not instruction.is_invalid and fault.access != EXECUTE:
+        size = max(1, memory_size(instruction))
+        for linear, _written in linear_addresses(context, instruction):
+            candidates += [linear, linear + size - 1 & _MASK64]
+    if fault.access == EXECUTE:
+        code_base = 0 if environment.bitness == 64 else environment.segment(1).base
+        start = code_base + environment.rip & _MASK64
+        candidates = [start, (start | 0xFFF) + 1]
+    for linear in candidates:
+        found = context.memory.code_gpa(linear)
+        if found is not None and found >> 12 == fault.gpa >> 12:
+            fault.gva = linear & ~0xFFF | fault.gpa & 0xFFF
+            break
+    else:
+        code = environment.segment(1).base if environment.bitness != 64 else 0
+        for linear in [*candidates, code + environment.rip & _MASK64]:
+            if fault.gpa >> 12 in _tables(context, linear):
+                fault.page_walk, fault.gva = True, linear
+                break
+    if fault.access == WRITE and not fault.page_walk and instruction is not None and not fault.data:
+        try:
+            fault.data = moves.store_data(context, instruction)
+        except (GuestFault, NestedFault, CannotEmulate):
+            fault.data = b""
+    return fault
+
+
+def operation(context: Context, instruction: Instruction | None, fault: NestedFault, ram_pages: int) -> Operation:
+    """The open exit of a refused access."""
+    unmapped = fault.gpa >> 12 >= ram_pages
+    message = vcpu_pb2.MemoryFault(
+        gpa=fault.gpa,
+        gva=fault.gva,
+        access=fault.access,
+        page_walk=fault.page_walk,
+        data=fault.data,
+        unmapped=unmapped,
+    )
+
+    def complete(value: int) -> None:
+        if fault.access == WRITE:
+            if not fault.data:
+                raise CannotEmulate(f"cannot finish the store of {instruction}")
+            return
+        if fault.access == EXECUTE or fault.page_walk or instruction is None:
+            raise CannotEmulate(f"cannot finish the access to {fault.gpa:#x}")
+        moves.finish_load(context, instruction, value)
+
+    def commit(_value: int) -> None:
+        """What was judged has been stored by whoever may write the page; done if the bytes are there."""
+        if fault.access != WRITE or not fault.data:
+            raise CannotEmulate(f"cannot commit the access to {fault.gpa:#x}")
+        context.memory.physical.store_judged(fault.gpa, fault.data)
+
+    return Operation(vcpu_pb2.Exit(memory_fault=message), commit, 0, complete)

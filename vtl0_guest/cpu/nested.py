@@ -1,0 +1,115 @@
+"""The nested page table: which file backs each guest-physical page, and with what rights.
+
+One table of 4 KiB entries serves every processor of a level. It lies in host memory that each engine maps at NESTED_BASE
+in a part of its system-physical space that no entry points to, and is edited here as plain 64-bit words, runs by slice.
+
+User and kernel execution are told apart by two roots (mode-based execute control): the kernel root lets kernel-executable
+pages run, the user root user-executable ones. They differ only in their last-level tables. The engine keeps separate TLBs
+for user and kernel accesses, and a root serves only its own privilege level, so a swap needs no full flush. Source of the
+entry format: AMD APM volume 2, 15.25.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from array import array
+
+from vtlab.v1 import vcpu_pb2
+
+PAGE_SIZE = 4096
+_ENTRIES = 512
+
+# System-physical space in regions of 64 GiB. Nested entries only point into the first four.
+REGION_SHIFT = 36
+WRITABLE_BASE, SEALED_BASE, PRIVATE_BASE, EXTRA_BASE, HIDDEN_BASE, NESTED_BASE = (
+    number << REGION_SHIFT for number in range(6)
+)
+MAX_RAM = 1 << REGION_SHIFT
+
+P, RW, US, A, D = 1, 2, 4, 0x20, 0x40
+NX = 1 << 63
+_TABLE_RIGHTS = P | RW | US | A | D
+ADDRESS = 0x000F_FFFF_FFFF_F000
+
+
+def entry(frame: int, access: vcpu_pb2.PageAccess, execute: bool) -> int:
+    """A last-level entry for the page at system-physical `frame`; 0 if no access is allowed.
+
+    x86 has no write-only or execute-only mapping: without `read` there is no access at all.
+    """
+    if not access.read:
+        return 0
+    write = RW if access.write or access.page_table else 0
+    return frame | P | US | A | D | write | (0 if execute else NX)
+
+
+class NestedTable:
+    """Nested translation of one level of one machine.
+
+    Attributes:
+        generation: counts changes that an engine must answer with a TLB flush.
+        split: whether any page differs between kernel and user execution, so that the roots matter.
+    """
+
+    def __init__(self, ram_size: int, window: int) -> None:
+        """`window` is the number of guest-physical bytes that can ever be mapped (RAM, overlays and devices)."""
+        if not 0 < ram_size <= MAX_RAM or ram_size % PAGE_SIZE:
+            raise ValueError(f"RAM of {ram_size} bytes is not a number of pages up to {MAX_RAM} bytes")
+        self.pages = (window + PAGE_SIZE - 1) // PAGE_SIZE
+        self.ram_pages = ram_size // PAGE_SIZE
+        self.generation = 0
+        self.split = False
+        leaves = -(-self.pages // _ENTRIES)
+        directories = -(-leaves // _ENTRIES)
+        self._leaf_tables = leaves
+        # Per root: one top table, one PDPT, the directories. Then the leaves of the kernel root and of the user root.
+        self._upper = 2 + directories
+        total = 2 * self._upper + 2 * leaves
+        self.buffer = mmap.mmap(-1, total * PAGE_SIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        self.size = total * PAGE_SIZE
+        self._words = memoryview(self.buffer).cast("Q")
+        self._leaves = [2 * self._upper * _ENTRIES, (2 * self._upper + leaves) * _ENTRIES]
+        for root in (0, 1):
+            self._build_root(root, directories)
+
+    def _build_root(self, root: int, directories: int) -> None:
+        words, table = self._words, root * self._upper
+        words[table * _ENTRIES] = self._physical(table + 1) | _TABLE_RIGHTS
+        for number in range(directories):
+            words[(table + 1) * _ENTRIES + number] = self._physical(table + 2 + number) | _TABLE_RIGHTS
+        first_leaf = self._leaves[root] // _ENTRIES
+        for number in range(self._leaf_tables):
+            words[(table + 2) * _ENTRIES + number] = self._physical(first_leaf + number) | _TABLE_RIGHTS
+
+    @staticmethod
+    def _physical(table: int) -> int:
+        return NESTED_BASE + table * PAGE_SIZE
+
+    def root(self, user: bool) -> int:
+        """System-physical address of a top-level table, for the nested CR3."""
+        return self._physical(self._upper if user else 0)
+
+    def map(self, first: int, count: int, base: int, access: vcpu_pb2.PageAccess) -> None:
+        """Maps guest pages first..first+count to system-physical `base` + page address, with these rights."""
+        if first < 0 or count < 0 or first + count > self.pages:
+            raise ValueError(f"pages {first:#x}+{count:#x} are outside the {self.pages:#x} pages of the machine")
+        kernel = entry(0, access, access.kernel_execute)
+        user = entry(0, access, access.user_execute)
+        self.split = self.split or access.kernel_execute != access.user_execute
+        frames = range(base + first * PAGE_SIZE, base + (first + count) * PAGE_SIZE, PAGE_SIZE)
+        for leaves, template in zip(self._leaves, (kernel, user), strict=True):
+            run = array("Q", (frame | template for frame in frames) if template else bytes(8 * count))
+            self._words[leaves + first : leaves + first + count] = memoryview(run)
+        self.generation += 1
+
+    def entry(self, page: int, user: bool = False) -> int:
+        """The last-level entry that a root has for a page; 0 if the page is absent or beyond the table."""
+        return self._words[self._leaves[user] + page] if 0 <= page < self.pages else 0
+
+    def restore(self, page: int, entries: tuple[int, int]) -> None:
+        """Puts back what `entry` gave for the kernel and the user root."""
+        for leaves, word in zip(self._leaves, entries, strict=True):
+            self._words[leaves + page] = word
+        self.generation += 1

@@ -1,0 +1,495 @@
+"""One processor: what `Core.processor` gives. Entering it runs the guest until something is for somebody else to decide."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from iced_x86 import Instruction, Mnemonic
+from unicorn import UcError
+
+from vtl0_guest.cpu import delivery, exits, memory_faults, state
+from vtl0_guest.cpu.context import Context
+from vtl0_guest.cpu.decode import decode
+from vtl0_guest.cpu.environment import Seg
+from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdown, general_protection, undefined_opcode
+from vtl0_guest.cpu.gates import Event
+from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
+from vtl0_guest.cpu.instructions.table import TABLE
+from vtl0_guest.cpu.native_hooks import Reason
+from vtl0_guest.cpu.operation import Operation
+from vtl0_guest.cpu.resolution import Resolver
+from vtl0_guest.cpu.vmcb import ExitCode
+from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.x86.registers import VECTORS_WITH_ERROR_CODE, Rflags, Vector
+
+if TYPE_CHECKING:
+    from vtl0_guest.cpu.core import Core
+
+_IF = int(Rflags.IF)
+_DR6_BS = 0x4000
+_SVM = 0x100
+_MAX_UNSENT = 4096  # bytes of serial output that may wait
+_HYPERCALLS = frozenset({Mnemonic.VMCALL, Mnemonic.VMMCALL})
+_PORT_MNEMONICS = frozenset(
+    {
+        Mnemonic.IN,
+        Mnemonic.OUT,
+        Mnemonic.INSB,
+        Mnemonic.INSW,
+        Mnemonic.INSD,
+        Mnemonic.OUTSB,
+        Mnemonic.OUTSW,
+        Mnemonic.OUTSD,
+    }
+)
+
+
+class Processor:
+    """A virtual processor of one level. `run` from one thread at a time; `kick` and `wake` from any."""
+
+    def __init__(self, core: Core, context: Context) -> None:
+        self._core = core
+        self._context = context
+        self._environment = context.environment
+        self._engine = context.engine
+        self._resolver = Resolver(core, context)
+        self._open: Operation | None = None
+        self._stopped: Operation | None = None
+        self._kicked = False
+        self._output_due = False
+        self._nmi_pending = False
+        self._nmi_blocked = False
+        self._external: deque[int] = deque()
+        self._retried: tuple[int, int] | None = None
+        self._awake = threading.Event()
+        self._nested_generation = -1
+        self._user_root = False
+        self._reasons: dict[int, Callable[[], Operation | None]] = {
+            Reason.EXIT: self._on_exit,
+            Reason.IN: self._on_port,
+            Reason.OUT: self._on_port,
+            Reason.SYSCALL: self._on_syscall,
+            Reason.SYSENTER: self._on_sysenter,
+            Reason.STORE_REFUSED: self._on_store_refused,
+            Reason.ASKED: self._on_asked,
+            Reason.INTERRUPT_WINDOW: self._on_nothing,
+            Reason.BUDGET_SPENT: self._on_nothing,
+            Reason.TASK_SWITCH: self._on_task_switch,
+            Reason.ROOT_SWAP: self._on_nothing,
+            Reason.UNMAPPED: self._on_unmapped,
+        }
+
+    # ------------------------------------------------------------------------------------------ from outside
+
+    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Ends the last exit as `enter` says, applies its updates, and runs until the next exit.
+
+        Raises:
+            vtlab.errors.BadArgument: an update that this processor cannot take; nothing ran.
+        """
+        self._core.turns.take(self._ask)
+        try:
+            operation = self._enter(enter)
+            while operation is None:
+                operation = self._step()
+            return self._leave(operation)
+        finally:
+            self._core.turns.give()
+
+    def kick(self) -> None:
+        """Makes the present `run` return soon, with KICKED if nothing else comes first. Lost if none is running."""
+        self._kicked = True
+        self._ask()
+
+    def wake(self) -> None:
+        """An interrupt may have become deliverable."""
+        self._engine.set_pending(True)
+        self._awake.set()
+
+    def collect_output(self) -> None:
+        """Serial output has waited long enough: exit with it."""
+        self._output_due = True
+        self._ask()
+
+    def state(self) -> registers_pb2.ProcessorState:
+        """Reads everything. Only while not running."""
+        return state.read(self._context)
+
+    def load_state(self, message: registers_pb2.ProcessorState) -> None:
+        """Replaces everything, as after a reset. Only while not running."""
+        state.load(self._context, message)
+        self._open = self._stopped = self._retried = None
+        self._nmi_pending = self._nmi_blocked = False
+        self._external.clear()
+        self._engine.intercept(ExitCode.IRET, False)
+        self._engine.flush_code()
+
+    @property
+    def context(self) -> Context:
+        return self._context
+
+    def _ask(self) -> None:
+        self._engine.set_stop()
+        self._awake.set()
+
+    # ------------------------------------------------------------------------------------------ enter and leave
+
+    def _enter(self, enter: vcpu_pb2.Enter) -> Operation | None:
+        open_operation, self._open = self._open, None
+        self._resolver.prepare(enter.updates)
+        if self._stopped is not None:
+            return self._stopped
+        try:
+            if open_operation is not None:
+                after = self._guarded(lambda: self._resolver.resolve(open_operation, enter.resolution))
+                if after is not None:
+                    return after
+            for event in self._resolver.finish(enter):
+                if event.external:
+                    self._queue(event)
+                    continue
+                after = self._deliver(event)
+                if after is not None:
+                    return after
+        except CannotEmulate as error:
+            return self._failure(str(error))
+        return None
+
+    def _queue(self, event: Event) -> None:
+        """An NMI or external interrupt from outside: taken when the processor lets it in."""
+        if event.vector == Vector.NMI:
+            self._nmi_pending = True
+        else:
+            self._external.append(event.vector)
+        self._engine.set_pending(True)
+
+    def _leave(self, operation: Operation) -> vcpu_pb2.Exit:
+        message = operation.exit
+        if operation.stays_stopped:
+            self._stopped = operation
+            message = vcpu_pb2.Exit()
+            message.CopyFrom(operation.exit)
+        self._open = None if operation.stays_stopped else operation
+        exits.fill(
+            message,
+            self._environment,
+            self._context.cr8,
+            self._context.vp_index,
+            self._context.vtl,
+            operation.code,
+            operation.length,
+        )
+        self._output_due = False
+        if self._core.platform.serial.unsent:
+            message.serial.extend(self._core.platform.serial.drain())
+        return message
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def _step(self) -> Operation | None:
+        """Takes what is due, then runs the guest up to the next stop and deals with it."""
+        due = self._due()
+        if due is not None or self._context.halted:
+            return due
+        self._synchronize()
+        try:
+            reason = self._engine.run()
+        except UcError as error:
+            return self._failure(f"the engine stopped at {self._environment.rip:#x}: {error}")
+        try:
+            return self._guarded(self._reasons[reason])
+        except CannotEmulate as error:
+            return self._failure(str(error))
+
+    def _guarded(self, action: Callable[[], Operation | None]) -> Operation | None:
+        """Turns what the guest did wrong into the exception that it takes."""
+        try:
+            return action()
+        except GuestFault as fault:
+            return self._deliver(delivery.from_fault(fault, self._environment.rip))
+        except NestedFault as fault:
+            return self._nested_fault(fault)
+
+    def _due(self) -> Operation | None:
+        """Kicks, output, traps and interrupts; waits in HLT."""
+        context, platform = self._context, self._core.platform
+        while True:
+            if self._kicked:
+                self._kicked = False
+                self._engine.clear_stop()
+                return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
+            if self._output_due or platform_full(platform.serial.unsent):
+                self._output_due = False
+                if platform.serial.unsent:
+                    return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
+            if context.trap_pending:
+                context.trap_pending = False
+                context.debug[4] |= _DR6_BS
+                return self._deliver(Event(Vector.DB, None, self._environment.rip))
+            if self._engine.pending:
+                taken = self._take_interrupt()
+                if taken is not None:
+                    return taken
+            if not context.halted:
+                return None
+            if platform.serial.unsent:
+                return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
+            self._wait()
+
+    def _wait(self) -> None:
+        """Sleeps in HLT until something happens, without the run token."""
+        self._core.turns.give()
+        try:
+            self._awake.wait()
+        finally:
+            self._core.turns.take(self._ask)
+        self._awake.clear()
+        self._engine.clear_stop()
+
+    def _take_interrupt(self) -> Operation | None:
+        """Delivers the highest interrupt if it can be taken now; leaves a note for the block hook if not."""
+        platform, context = self._core.platform, self._context
+        self._engine.set_pending(False)
+        if platform.take_nmi(context.vp_index):
+            self._nmi_pending = True
+        shadow = self._environment.interrupt_shadow
+        if self._nmi_pending and not self._nmi_blocked:
+            if shadow:
+                self._engine.set_pending(True)
+                return None
+            self._nmi_pending, self._nmi_blocked, context.halted = False, True, False
+            self._engine.intercept(ExitCode.IRET, True)
+            return self._deliver(Event(Vector.NMI, None, self._environment.rip, external=True))
+        own = platform.pending_vector(context.vp_index)
+        if own is None and not self._external:
+            return None
+        if shadow or not self._environment.rflags & _IF:
+            self._engine.set_pending(True)
+            return None
+        vector = self._external.popleft() if own is None else platform.acknowledge(context.vp_index)
+        context.halted = False
+        self._engine.set_pending(True)  # another one may wait: ask again after this one
+        return self._deliver(Event(vector, None, self._environment.rip, external=True))
+
+    def _synchronize(self) -> None:
+        """Nested rights that changed, and the root of the present privilege level."""
+        nested = self._core.nested
+        if nested.generation != self._nested_generation:
+            self._nested_generation = nested.generation
+            self._engine.flush_translations()
+        if nested.split:
+            cpl = self._environment.cpl
+            user = cpl == 3
+            if user != self._user_root:
+                self._user_root = user
+                self._engine.set_root(nested.root(user))
+                # What the wrong root let in: the page of the block that was looked up before the swap was noticed.
+                self._engine.flush_translations()
+            self._engine.expect_privilege(cpl)
+        if self._core.turns.wanted:
+            self._yield_turn()
+
+    def _yield_turn(self) -> None:
+        self._core.turns.give()
+        self._core.turns.take(self._ask)
+
+    # ------------------------------------------------------------------------------------------- stop reasons
+
+    def _on_nothing(self) -> Operation | None:
+        return None
+
+    def _on_asked(self) -> Operation | None:
+        self._engine.clear_stop()
+        return None
+
+    def _on_unmapped(self) -> Operation | None:
+        raise CannotEmulate(f"access to system-physical {self._engine.address:#x}, where nothing is mapped")
+
+    def _on_task_switch(self) -> Operation | None:
+        raise CannotEmulate("a hardware task switch, which this processor does not have")
+
+    def _code(self) -> bytes:
+        environment = self._environment
+        rip = environment.rip
+        if environment.bitness != 64:
+            rip = environment.segment(Seg.CS).base + rip & 0xFFFF_FFFF
+        return self._context.memory.code(rip)
+
+    def _fetch(self) -> tuple[Instruction, bytes]:
+        code = self._code()
+        return decode(self._environment.bitness, code), code
+
+    def _retry_stale(self, instruction: Instruction) -> Operation | None:
+        """The engine ran other bytes than memory holds: flush and run again, once at the same place."""
+        place = (self._environment.rip, self._engine.detail)
+        if self._retried == place:
+            raise CannotEmulate(f"{instruction} at {place[0]:#x} cannot be the cause of exit {place[1]:#x}")
+        self._retried = place
+        self._engine.flush_code()
+        return None
+
+    def _end(self, operation: Operation | None, instruction: Instruction, code: bytes) -> Operation | None:
+        """After a handler: move on if it is done, else remember what the exit needs."""
+        self._retried = None
+        if operation is None:
+            self._context.advance(instruction.len)
+            return None
+        operation.length, operation.code = instruction.len, code
+        return operation
+
+    def _on_exit(self) -> Operation | None:
+        code = self._engine.detail - _SVM
+        if code < 0:
+            raise CannotEmulate(f"exception {self._engine.detail} outside guest mode")
+        if code == ExitCode.NESTED_PAGE_FAULT:
+            return self._on_nested_page_fault()
+        if ExitCode.EXCEPTION <= code <= ExitCode.LAST_EXCEPTION:
+            return self._on_exception(code - ExitCode.EXCEPTION)
+        if code in (ExitCode.SOFTWARE_INTERRUPT, ExitCode.ICEBP):
+            return self._on_software_interrupt()
+        if code == ExitCode.IRET:
+            self._nmi_blocked = False
+            self._engine.intercept(ExitCode.IRET, False)
+            return None
+        row = TABLE.get(code)
+        if row is None:
+            raise CannotEmulate(f"unexpected exit {code:#x}")
+        instruction, raw = self._fetch()
+        if row.mnemonics and instruction.mnemonic not in row.mnemonics:
+            return self._retry_stale(instruction)
+        return self._end(row.handler(self._context, instruction), instruction, raw)
+
+    def _on_exception(self, vector: int) -> Operation | None:
+        context, engine = self._context, self._engine
+        if vector == Vector.UD:
+            instruction, raw = self._fetch()
+            if instruction.mnemonic in _HYPERCALLS:
+                return self._end(system.hypercall(context, instruction), instruction, raw)
+            raise undefined_opcode()
+        if vector == Vector.GP:
+            instruction, raw = self._fetch()
+            if instruction.mnemonic == Mnemonic.XSETBV and engine.error_code == 0:
+                return self._end(control_registers.xsetbv(context, instruction), instruction, raw)
+        if vector == Vector.DB:
+            context.debug[4] |= _DR6_BS
+        error = engine.error_code if vector in VECTORS_WITH_ERROR_CODE else None
+        address = engine.fault_address if vector == Vector.PF else None
+        raise GuestFault(vector, error, address)
+
+    def _on_software_interrupt(self) -> Operation | None:
+        instruction, _ = self._fetch()
+        if instruction.mnemonic not in system.SOFTWARE_INTERRUPTS:
+            return self._retry_stale(instruction)
+        event = system.software_interrupt(self._context, instruction)
+        if event is None:
+            self._context.advance(instruction.len)
+            return None
+        return self._deliver(event)
+
+    def _on_port(self) -> Operation | None:
+        engine = self._engine
+        instruction, raw = self._fetch()
+        if instruction.mnemonic not in _PORT_MNEMONICS:
+            return self._retry_stale(instruction)
+        operation = ports.access(self._context, instruction, engine.detail & 0xFFFF, engine.port_size, engine.value)
+        ended = self._end(operation, instruction, raw)
+        return ended or self._device_exit()
+
+    def _device_exit(self) -> Operation | None:
+        """What a device ended the run with, now that the instruction is over."""
+        value = self._core.platform.take_exit()
+        if value is None:
+            return None
+        if isinstance(value, vcpu_pb2.DebugExit):
+            return Operation(vcpu_pb2.Exit(debug_exit=value))
+        return Operation(vcpu_pb2.Exit(reset_request=value))
+
+    def _on_syscall(self) -> Operation | None:
+        calls.syscall(self._context, 2)
+        return None
+
+    def _on_sysenter(self) -> Operation | None:
+        calls.sysenter(self._context)
+        return None
+
+    # -------------------------------------------------------------------------------------------------- memory
+
+    def _on_store_refused(self) -> Operation | None:
+        """A store to a page that is mapped read-only: a table of the guest that VTL1 guards."""
+        engine = self._engine
+        gpa = self._core.gpa_of(engine.address)
+        if gpa is None:
+            raise CannotEmulate(f"refused store at system-physical {engine.address:#x}")
+        size = engine.port_size
+        data = (engine.value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        raise NestedFault(gpa, vcpu_pb2.ACCESS_KIND_WRITE, data=data)
+
+    def _on_nested_page_fault(self) -> Operation | None:
+        engine = self._engine
+        access = memory_faults.access_kind(engine.error_code)
+        raise NestedFault(engine.fault_address, access)
+
+    def _nested_fault(self, fault: NestedFault) -> Operation | None:
+        """A device's registers, the hypercall page, or an exit."""
+        instruction: Instruction | None = None
+        raw = b""
+        if fault.access != vcpu_pb2.ACCESS_KIND_EXECUTE:
+            instruction, raw = self._fetch()
+        if self._is_device(fault.gpa) and instruction is not None and not fault.page_walk:
+            return self._device_registers(fault, instruction)
+        fault = memory_faults.locate(self._context, instruction, fault)
+        if self._core.is_overlay(fault.gpa) and fault.access == vcpu_pb2.ACCESS_KIND_WRITE:
+            return self._guarded(self._refuse)
+        operation = memory_faults.operation(self._context, instruction, fault, self._core.nested.ram_pages)
+        operation.code = raw
+        operation.length = instruction.len if instruction is not None else 0
+        return operation
+
+    def _refuse(self) -> Operation | None:
+        raise general_protection()
+
+    def _is_device(self, gpa: int) -> bool:
+        base = self._context.local_apic.mmio_base
+        return base is not None and base >> 12 == gpa >> 12
+
+    def _device_registers(self, fault: NestedFault, instruction: Instruction) -> Operation | None:
+        apic, offset = self._context.local_apic, fault.gpa & 0xFFF
+        moves.device_access(
+            self._context,
+            instruction,
+            lambda size: apic.mmio_read(offset, size),
+            lambda size, value: apic.mmio_write(offset, size, value),
+        )
+        self._context.advance(instruction.len)
+        return None
+
+    # ------------------------------------------------------------------------------------------------ delivery
+
+    def _deliver(self, event: Event) -> Operation | None:
+        """Enters the handler; a triple fault or a refusal by the nested table becomes an exit."""
+        context = self._context
+        context.halted = False
+        try:
+            delivery.deliver(self._environment, context.memory, event)
+        except Shutdown as shutdown:
+            exit_ = vcpu_pb2.Exit(shutdown=vcpu_pb2.Shutdown(cause=str(shutdown)))
+            return Operation(exit_, stays_stopped=True)
+        except NestedFault as fault:
+            return self._delivery_refused(event, fault)
+        return None
+
+    def _delivery_refused(self, event: Event, fault: NestedFault) -> Operation:
+        operation = memory_faults.operation(self._context, None, fault, self._core.nested.ram_pages)
+        operation.commit = operation.complete = None
+        operation.event = event
+        return operation
+
+    def _failure(self, message: str) -> Operation:
+        return Operation(vcpu_pb2.Exit(failure=vcpu_pb2.EmulationFailure(message=message)), stays_stopped=True)
+
+
+def platform_full(unsent: int) -> bool:
+    return unsent > _MAX_UNSENT
