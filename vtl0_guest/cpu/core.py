@@ -68,6 +68,7 @@ class Core:
     Attributes:
         nested: the nested page table that all processors share.
         turns: the run token; one processor runs at a time.
+        output_waits: the guest has written serial output that no exit has carried away.
     """
 
     def __init__(self, ram: Ram, vp_count: int, vtl: int, platform: Platform) -> None:
@@ -101,6 +102,7 @@ class Core:
             self._processors.append(Processor(self, context))
             self._hide_device_page(context)
         self._closed = False
+        self.output_waits = False
         self._timer_changed = threading.Condition()
         platform.on_wake = self._wake
         platform.on_deadline = self._rearm
@@ -232,6 +234,7 @@ class Core:
 
     def output_started(self) -> None:
         """Serial output waits: the timer must look at it."""
+        self.output_waits = True
         self._rearm()
 
     def _run_timer(self) -> None:

@@ -14,6 +14,8 @@ from vtl0_guest.cpu import layout
 from vtl0_guest.cpu.engine import Engine
 from vtlab.x86.registers import Cr0, Cr4, Efer, Rflags
 
+_SEGMENT = struct.Struct("<I4xQII")
+
 
 class Seg(IntEnum):
     """Index of a segment or table register in the engine's structure."""
@@ -39,6 +41,12 @@ class SegmentState(NamedTuple):
     base: int
 
 
+def decode_segment(raw: bytes) -> SegmentState:
+    """From Environment.raw_segment."""
+    selector, base, limit, flags = _SEGMENT.unpack(raw)
+    return SegmentState(selector, flags >> 8 & 0xF0FF, limit, base)
+
+
 class Gpr(IntEnum):
     """Encoding of the general registers."""
 
@@ -60,7 +68,6 @@ class Gpr(IntEnum):
     R15 = 15
 
 
-_SEGMENT = struct.Struct("<I4xQII")
 _U32 = struct.Struct("<I")
 _RIP, _RFLAGS, _CR, _EFER = layout.RIP // 8, layout.RFLAGS // 8, layout.CR // 8, layout.EFER // 8
 
@@ -158,6 +165,11 @@ class Environment:
         at = layout.SEGMENTS + number * layout.SEGMENT_SIZE
         selector, base, limit, flags = _SEGMENT.unpack_from(self._state, at)
         return SegmentState(selector, flags >> 8 & 0xF0FF, limit, base)
+
+    def raw_segment(self, number: int) -> bytes:
+        """The register as it lies in the structure, for `decode_segment`."""
+        at = layout.SEGMENTS + number * layout.SEGMENT_SIZE
+        return bytes(self._state[at : at + layout.SEGMENT_SIZE])
 
     def set_segment(self, number: int, segment: SegmentState) -> None:
         """Loads a segment register whole. CS and SS set sizes; `cpl` is set apart."""

@@ -6,10 +6,11 @@ import struct
 from functools import lru_cache
 
 from vtl0_guest.cpu import layout
-from vtl0_guest.cpu.environment import Environment, Seg, SegmentState
+from vtl0_guest.cpu.environment import Environment, Seg, SegmentState, decode_segment
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _CR, _EFER = layout.CR // 8, layout.EFER // 8
+_GENERAL = struct.Struct("<18Q")  # the general registers, RIP and RFLAGS, as they lie in the structure
 
 
 def _tag(number: int, wire_type: int) -> bytes:
@@ -20,8 +21,10 @@ def _tag(number: int, wire_type: int) -> bytes:
 # Registers.rax … Registers.efer, fields 1 to 24 in order, each a tag and a fixed64.
 _FIXED64 = [int.from_bytes(_tag(number, 1), "little") for number in range(1, 25)]
 _PACKED = struct.Struct("<" + "BQ" * 15 + "HQ" * 9)
+_EMPTY = [word for tag in _FIXED64 for word in (tag, 0)]
 _SEGMENT_TAGS = {Seg.CS: _tag(25, 2), Seg.SS: _tag(26, 2), Seg.DS: _tag(27, 2)}
 _CPL, _SHADOW = _tag(28, 0), _tag(29, 0)
+_TAILS = [[_CPL + bytes([cpl]) + _SHADOW + bytes([shadow]) for shadow in (0, 1)] for cpl in range(4)]
 
 
 def segment_message(segment: SegmentState) -> registers_pb2.Segment:
@@ -31,36 +34,25 @@ def segment_message(segment: SegmentState) -> registers_pb2.Segment:
 
 
 @lru_cache(maxsize=256)
-def _segment_bytes(which: Seg, segment: SegmentState) -> bytes:
-    data = segment_message(segment).SerializeToString()
+def _segment_bytes(which: Seg, raw: bytes) -> bytes:
+    data = segment_message(decode_segment(raw)).SerializeToString()
     return _SEGMENT_TAGS[which] + bytes([len(data)]) + data
 
 
 def registers_bytes(environment: Environment, cr8: int) -> bytes:
     """A serialized Registers message of the present state."""
     words = environment.words
-    values = (
-        *words[0:16],
-        words[16],
-        words[17] | 2,
-        words[_CR],
-        words[_CR + 2],
-        words[_CR + 3],
-        words[_CR + 4],
-        cr8,
-        words[_EFER],
-    )
-    flat: list[int] = [0] * 48
-    flat[::2] = _FIXED64
-    flat[1::2] = values
+    flat = _EMPTY.copy()
+    flat[1:37:2] = _GENERAL.unpack_from(environment.state)
+    flat[35] |= 2
+    flat[37::2] = (words[_CR], words[_CR + 2], words[_CR + 3], words[_CR + 4], cr8, words[_EFER])
     return b"".join(
         (
             _PACKED.pack(*flat),
-            _segment_bytes(Seg.CS, environment.segment(Seg.CS)),
-            _segment_bytes(Seg.SS, environment.segment(Seg.SS)),
-            _segment_bytes(Seg.DS, environment.segment(Seg.DS)),
-            _CPL + bytes([environment.cpl]),
-            _SHADOW + bytes([environment.interrupt_shadow]),
+            _segment_bytes(Seg.CS, environment.raw_segment(Seg.CS)),
+            _segment_bytes(Seg.SS, environment.raw_segment(Seg.SS)),
+            _segment_bytes(Seg.DS, environment.raw_segment(Seg.DS)),
+            _TAILS[environment.cpl][environment.interrupt_shadow],
         )
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from vtl0_guest.cpu import layout
 from vtl0_guest.cpu.environment import Environment
@@ -23,7 +24,18 @@ PAGE = 4096
 _Q, _I = struct.Struct("<Q"), struct.Struct("<I")
 _AC = int(Rflags.AC)
 _CR = layout.CR // 8
+# Accessed and dirty bits change without a change of the mapping.
+_IGNORE_ACCESSED = ~0x60 & (1 << 64) - 1
+_MAX_MAPPINGS = 4096
 _LARGE_MASKS = {39: 0, 30: (1 << 30) - 1, 21: (1 << 21) - 1, 12: 0xFFF}
+
+
+class _Mapping(NamedTuple):
+    """A page of a 4-level address space: the entries that led to it, as (words, index, value)."""
+
+    frame: int
+    entries: tuple[tuple[memoryview, int, int], ...]
+    generation: int
 
 
 class PhysicalMemory:
@@ -34,6 +46,7 @@ class PhysicalMemory:
         self.nested = nested
         self._views = views
         self._stored = stored
+        self._words = [None if view is None else view.cast("Q") for view in views]
 
     def _place(self, gpa: int, need: int, access: vcpu_pb2.AccessKind.ValueType) -> tuple[memoryview, int]:
         entry = self.nested.entry(gpa >> 12)
@@ -62,6 +75,14 @@ class PhysicalMemory:
             raise
         value: int = (_Q if size == 8 else _I).unpack_from(view, at)[0]
         return value
+
+    def quadword(self, gpa: int) -> tuple[memoryview, int]:
+        """An aligned guest page-table entry as (64-bit words, index). Raises NestedFault."""
+        entry = self.nested.entry(gpa >> 12)
+        words = self._words[(entry & ADDRESS) >> REGION_SHIFT] if entry & P else None
+        if words is None:
+            raise NestedFault(gpa, READ)
+        return words, ((entry & ADDRESS & (1 << REGION_SHIFT) - 1) + (gpa & 0xFF8)) // 8
 
     def update_entry(self, update: paging.EntryUpdate) -> None:
         """Sets A and D. A table whose entries VTL1 keeps read-only has them set: nothing is written to it."""
@@ -106,6 +127,7 @@ class GuestMemory:
     def __init__(self, physical: PhysicalMemory, environment: Environment) -> None:
         self.physical = physical
         self._environment = environment
+        self._mappings: dict[tuple[int, int], _Mapping] = {}
 
     def translate(
         self,
@@ -193,24 +215,47 @@ class GuestMemory:
                 raise
 
     def code_gpa(self, gva: int) -> int | None:
-        """Where an instruction that has just been fetched lies: a walk without checks. None if it cannot be told."""
+        """Where an address lies, without checks of rights: for what the engine has just accessed. None if nowhere."""
         words = self._environment.words
         if not words[_CR] & 0x8000_0000:
             return gva & 0xFFFF_FFFF
         if not self._environment.long_mode:
             try:
-                return self.translate(gva, EXECUTE)
+                return self.translate(gva, EXECUTE, implicit=True)
             except (GuestFault, NestedFault):
                 return None
-        table = words[_CR + 3] & ADDRESS
-        read = self.physical.read_entry
+        found = self._mapping(words[_CR + 3], gva)
+        return None if found is None else found.frame | gva & 0xFFF
+
+    def _mapping(self, cr3: int, gva: int) -> _Mapping | None:
+        """4-level walk, remembered: each use compares the entries with those that were walked."""
+        key = (cr3, gva >> 12)
+        known = self._mappings.get(key)
+        if known is not None and known.generation == self.physical.nested.generation:
+            for view, index, value in known.entries:
+                if view[index] & _IGNORE_ACCESSED != value:
+                    break
+            else:
+                return known
+        found = self._walk_mapping(cr3, gva)
+        if found is not None:
+            if len(self._mappings) >= _MAX_MAPPINGS:
+                self._mappings.clear()
+            self._mappings[key] = found
+        return found
+
+    def _walk_mapping(self, cr3: int, gva: int) -> _Mapping | None:
+        table, entries = cr3 & ADDRESS, []
         try:
             for shift, large in _LARGE_MASKS.items():
-                value = read(table + (gva >> shift & 0x1FF) * 8, 8)
+                view, at = self.physical.quadword(table + (gva >> shift & 0x1FF) * 8)
+                value = view[at] & _IGNORE_ACCESSED
+                entries.append((view, at, value))
                 if not value & 1:
                     return None
                 if shift == 12 or (value & 0x80 and large):
-                    return (value & ADDRESS & ~large) | (gva & large)
+                    frame = (value & ADDRESS & ~large) | (gva & large & ~0xFFF)
+                    return _Mapping(frame, tuple(entries), self.physical.nested.generation)
                 table = value & ADDRESS
         except NestedFault:
             pass
@@ -218,16 +263,13 @@ class GuestMemory:
 
     def code(self, gva: int, size: int = 15) -> bytes:
         """Up to `size` instruction bytes; fewer where the next page cannot be read."""
-        gpa = self.code_gpa(gva)
-        if gpa is None:
-            return b""
-        part = min(size, PAGE - (gva & 0xFFF))
-        try:
-            out = self.physical.read(gpa, part)
-            if part < size:
-                following = self.code_gpa(gva + part)
-                if following is not None:
-                    out += self.physical.read(following, size - part)
-        except NestedFault:
-            return out if "out" in locals() else b""
+        out = b""
+        while len(out) < size:
+            gpa = self.code_gpa(gva + len(out))
+            if gpa is None:
+                break
+            try:
+                out += self.physical.read(gpa, min(size - len(out), PAGE - (gpa & 0xFFF)))
+            except NestedFault:
+                break
         return out

@@ -144,18 +144,31 @@ class Processor:
             return self._stopped
         try:
             if open_operation is not None:
-                after = self._guarded(lambda: self._resolver.resolve(open_operation, enter.resolution))
+                after = self._resolve(open_operation, enter.resolution)
                 if after is not None:
                     return after
-            for event in self._resolver.finish(enter):
-                if event.external:
-                    self._queue(event)
-                    continue
-                after = self._deliver(event)
-                if after is not None:
-                    return after
+            if enter.updates or enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
+                return self._finish(enter)
         except CannotEmulate as error:
             return self._failure(str(error))
+        return None
+
+    def _resolve(self, operation: Operation, resolution: vcpu_pb2.Resolution) -> Operation | None:
+        try:
+            return self._resolver.resolve(operation, resolution)
+        except GuestFault as fault:
+            return self._deliver(delivery.from_fault(fault, self._environment.rip))
+        except NestedFault as fault:
+            return self._nested_fault(fault)
+
+    def _finish(self, enter: vcpu_pb2.Enter) -> Operation | None:
+        for event in self._resolver.finish(enter):
+            if event.external:
+                self._queue(event)
+                continue
+            after = self._deliver(event)
+            if after is not None:
+                return after
         return None
 
     def _queue(self, event: Event) -> None:
@@ -183,7 +196,8 @@ class Processor:
             operation.length,
         )
         self._output_due = False
-        if self._core.platform.serial.unsent:
+        if self._core.output_waits:
+            self._core.output_waits = False
             message.serial.extend(self._core.platform.serial.drain())
         return message
 
@@ -221,10 +235,8 @@ class Processor:
                 self._kicked = False
                 self._engine.clear_stop()
                 return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
-            if self._output_due or platform_full(platform.serial.unsent):
-                self._output_due = False
-                if platform.serial.unsent:
-                    return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
+            if self._core.output_waits and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
+                return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
             if context.trap_pending:
                 context.trap_pending = False
                 context.debug[4] |= _DR6_BS
@@ -235,7 +247,7 @@ class Processor:
                     return taken
             if not context.halted:
                 return None
-            if platform.serial.unsent:
+            if self._core.output_waits:
                 return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
             self._wait()
 
@@ -396,7 +408,11 @@ class Processor:
             return self._retry_stale(instruction)
         operation = ports.access(self._context, instruction, engine.detail & 0xFFFF, engine.port_size, engine.value)
         ended = self._end(operation, instruction, raw)
-        return ended or self._device_exit()
+        if ended is not None:
+            return ended
+        if not self._core.output_waits and self._core.platform.serial.unsent:
+            self._core.output_started()
+        return self._device_exit()
 
     def _device_exit(self) -> Operation | None:
         """What a device ended the run with, now that the instruction is over."""
@@ -430,7 +446,13 @@ class Processor:
     def _on_nested_page_fault(self) -> Operation | None:
         engine = self._engine
         access = memory_faults.access_kind(engine.error_code)
+        if access == vcpu_pb2.ACCESS_KIND_EXECUTE and self._core.nested.split and self._root_is_stale():
+            return None  # the first fetch after a change of privilege; the block hook never came to see it
         raise NestedFault(engine.fault_address, access)
+
+    def _root_is_stale(self) -> bool:
+        """The privilege level is not the one that the present nested root serves."""
+        return (self._environment.cpl == 3) != self._user_root
 
     def _nested_fault(self, fault: NestedFault) -> Operation | None:
         """A device's registers, the hypercall page, or an exit."""
@@ -490,6 +512,3 @@ class Processor:
     def _failure(self, message: str) -> Operation:
         return Operation(vcpu_pb2.Exit(failure=vcpu_pb2.EmulationFailure(message=message)), stays_stopped=True)
 
-
-def platform_full(unsent: int) -> bool:
-    return unsent > _MAX_UNSENT
