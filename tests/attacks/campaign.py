@@ -1,19 +1,20 @@
-"""Attacks and controls run one by one, each on a machine of its own, and what came of them."""
+"""Attacks, each on a machine of its own, and controls, all on one; and what came of them."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vtlab.client import Lab
+from vtlab.client.driver import GuestFault, GuestRefusal
 from vtlab.errors import VtlabError
 from vtlab_attacks.evidence import Attack, Control, Evidence, Outcome
 from vtlab_attacks.guest import boot
 
-WORKERS = 2
+
+# What ends an attack before it has evidence: the machine is lost, or a preparation that had to work did not.
+BROKEN = (VtlabError, GuestFault, GuestRefusal, ValueError)
 
 
 @dataclass(frozen=True)
@@ -87,36 +88,37 @@ class Summary:
         )
 
 
-def run_one(lab: Lab, entry: Attack | Control, protected: bool) -> Result:
+def run_one(lab: Lab, attack: Attack, protected: bool) -> Result:
     """On a fresh machine. What goes wrong with the machine itself is part of the result."""
     started = time.monotonic()
-    evidence, error = None, ""
     try:
         with boot(lab, protected) as guest:
-            evidence = entry.run(guest.machine, guest.driver, guest.symbols)
-    except (VtlabError, ValueError) as problem:
-        error = str(problem)
-    return Result(entry, protected, evidence, error, time.monotonic() - started)
+            evidence = attack.run(guest.machine, guest.driver, guest.symbols)
+    except BROKEN as problem:
+        return Result(attack, protected, None, str(problem), time.monotonic() - started)
+    return Result(attack, protected, evidence, "", time.monotonic() - started)
+
+
+def run_controls(lab: Lab, controls: Sequence[Control]) -> Iterator[Result]:
+    """One after the other on one protected machine, where they must not disturb one another either."""
+    started = time.monotonic()
+    left = list(controls)
+    try:
+        with boot(lab, protected=True) as guest:
+            while left:
+                evidence = left[0].run(guest.machine, guest.driver, guest.symbols)
+                yield Result(left.pop(0), True, evidence, "", time.monotonic() - started)
+                started = time.monotonic()
+    except BROKEN as problem:
+        for control in left:
+            yield Result(control, True, None, str(problem), time.monotonic() - started)
 
 
 def run_all(
-    lab: Lab,
-    jobs: Sequence[tuple[Attack | Control, Sequence[bool]]],
-    on_start: Callable[[Attack | Control], None] = lambda entry: None,
-) -> Iterator[tuple[Result, ...]]:
-    """Runs each job's attack or control once for each of its protections; a few jobs at a time, results in order."""
-    cancelled = threading.Event()
-
-    def work(entry: Attack | Control, protections: Sequence[bool]) -> tuple[Result, ...]:
-        if cancelled.is_set():
-            return ()
-        on_start(entry)
-        return tuple(run_one(lab, entry, protected) for protected in protections)
-
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="attack") as pool:
-        futures: list[Future[tuple[Result, ...]]] = [pool.submit(work, *job) for job in jobs]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            cancelled.set()
+    lab: Lab, attacks: Sequence[Attack], controls: Sequence[Control], protections: Sequence[bool] = (False, True)
+) -> Iterator[list[Result]]:
+    """Each attack without and with VTL1, then the controls with it. A guest process holds one machine at a time."""
+    for attack in attacks:
+        yield [run_one(lab, attack, protected) for protected in protections]
+    for result in run_controls(lab, controls):
+        yield [result]

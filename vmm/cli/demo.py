@@ -18,9 +18,6 @@ from vtlab_attacks.evidence import Attack, Control
 from vtlab_attacks.guest import boot
 from vtlab_attacks.table import ATTACKS, CONTROLS
 
-BOTH = (False, True)
-PROTECTED = (True,)
-
 
 def demo(lab: Lab, as_json: bool = False) -> int:
     """Three processes, VTL1 coming to life, every attack without and with it, every control with it.
@@ -34,10 +31,8 @@ def demo(lab: Lab, as_json: bool = False) -> int:
     with boot(lab, protected=True) as guest:
         teller.boot_log(guest.machine.serial(0).splitlines())
         teller.policy(lab.policy.get(guest.machine))
-    attacks: list[tuple[Attack | Control, Sequence[bool]]] = [(entry, BOTH) for entry in ATTACKS]
-    controls: list[tuple[Attack | Control, Sequence[bool]]] = [(entry, PROTECTED) for entry in CONTROLS]
     summary = Summary()
-    for result in _run(lab, teller, [*attacks, *controls]):
+    for result in _run(lab, teller, ATTACKS, CONTROLS):
         summary = summary.add(result)
     teller.summary(summary, time.monotonic() - started)
     return 0 if summary.passed else 1
@@ -50,15 +45,17 @@ def attack(lab: Lab, names: Sequence[str], as_json: bool = False) -> int:
         BadArgument: an unknown name.
     """
     teller: Teller = JsonTeller() if as_json else ConsoleTeller()
-    jobs = [(entry, BOTH if isinstance(entry, Attack) else PROTECTED) for entry in select(names)]
-    return 0 if all(result.as_expected for result in _run(lab, teller, jobs)) else 1
+    entries = select(names)
+    attacks = [entry for entry in entries if isinstance(entry, Attack)]
+    controls = [entry for entry in entries if isinstance(entry, Control)]
+    return 0 if all(result.as_expected for result in _run(lab, teller, attacks, controls)) else 1
 
 
-def _run(lab: Lab, teller: Teller, jobs: Sequence[tuple[Attack | Control, Sequence[bool]]]) -> list[Result]:
+def _run(lab: Lab, teller: Teller, attacks: Sequence[Attack], controls: Sequence[Control]) -> list[Result]:
     done: list[Result] = []
-    teller.begin(len(jobs))
+    teller.begin(len(attacks) + len(controls))
     try:
-        for results in run_all(lab, jobs):
+        for results in run_all(lab, attacks, controls):
             teller.results(results)
             done += results
     finally:
