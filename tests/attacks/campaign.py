@@ -12,7 +12,6 @@ from vtlab.errors import VtlabError
 from vtlab_attacks.evidence import Attack, Control, Evidence, Outcome
 from vtlab_attacks.guest import boot
 
-
 # What ends an attack before it has evidence: the machine is lost, or a preparation that had to work did not.
 BROKEN = (VtlabError, GuestFault, GuestRefusal, ValueError)
 
