@@ -94,7 +94,7 @@ class Core:
         views[EXTRA_BASE >> REGION_SHIFT] = memoryview(self._overlay).toreadonly()
         self._views = views
         self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
-        physical = PhysicalMemory(self.nested, views, self._stored)
+        self._physical = physical = PhysicalMemory(self.nested, views, self._stored)
         self._processors = []
         for index in range(vp_count):
             engine = Engine(regions, self.nested)
@@ -126,6 +126,7 @@ class Core:
         for processor in self._processors:
             processor.context.engine.close()
         self._processors.clear()
+        self._physical.close()
         for view in self._views:
             if view is not None:
                 view.release()

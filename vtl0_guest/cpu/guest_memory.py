@@ -48,6 +48,12 @@ class PhysicalMemory:
         self._stored = stored
         self._words = [None if view is None else view.cast("Q") for view in views]
 
+    def close(self) -> None:
+        """Lets go of the views, which else would keep the files mapped."""
+        for words in self._words:
+            if words is not None:
+                words.release()
+
     def _place(self, gpa: int, need: int, access: vcpu_pb2.AccessKind.ValueType) -> tuple[memoryview, int]:
         entry = self.nested.entry(gpa >> 12)
         view = self._views[(entry & ADDRESS) >> REGION_SHIFT] if entry & P else None
