@@ -11,7 +11,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from vmm import client_access
@@ -342,8 +342,10 @@ class Machine:
     def _detach(self) -> None:
         """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""
         for level in self._levels():
-            with suppress(VtlabError):
+            try:
                 level.detach(self.vm)
+            except VtlabError as error:
+                _log.warning("machine %s: VTL%d did not detach: %s", self.vm, level.vtl, error)
 
     def _forget(self) -> None:
         self._detach()

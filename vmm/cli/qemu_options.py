@@ -56,6 +56,29 @@ def _serial_target(option: str) -> SerialTarget:
     raise BadArgument(f"-serial {option}", "expected stdio, file:PATH, null or none")
 
 
+@dataclass(frozen=True)
+class FlatStart:
+    """Where a flat image is put and entered, and in which mode: "real", "protected" or "long"."""
+
+    address: int
+    mode: str
+
+
+def parse_flat(text: str) -> FlatStart | None:
+    """What --flat ADDRESS[,MODE] means; None if it is not given. Raises BadArgument."""
+    if not text:
+        return None
+    address, _, mode = text.partition(",")
+    mode = mode or "real"
+    try:
+        number = int(address, 0)
+    except ValueError:
+        raise BadArgument(f"--flat {text}", f"{address!r} is not an address") from None
+    if number < 0 or mode not in ("real", "protected", "long"):
+        raise BadArgument(f"--flat {text}", "expected ADDRESS,MODE with MODE one of real, protected, long")
+    return FlatStart(number, mode)
+
+
 def parse_modules(text: str) -> list[tuple[str, str]]:
     """Files and command lines of -initrd for multiboot: "FILE ARGUMENTS,FILE ARGUMENTS", where ,, is a comma."""
     parts = text.replace(",,", "\0").split(",") if text else []

@@ -8,14 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vmm.cli import options
 from vmm.cli.exit_codes import ExitCode, of_debug_exit
 from vmm.cli.output import print_error, print_json
-from vmm.cli.qemu_options import SerialTarget, parse_modules, parse_ram, parse_serial
+from vmm.cli.qemu_options import FlatStart, SerialTarget, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab.errors import BadArgument, VtlabError
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ def run(
         typer.Option("-serial", metavar="TARGET", help="stdio, file:PATH or null; twice for COM2."),
     ] = None,
     no_reboot: Annotated[bool, typer.Option("-no-reboot", help="Stop where the machine would reset.")] = False,
+    flat: Annotated[
+        str,
+        typer.Option(
+            "--flat", metavar="ADDRESS[,MODE]", help="The image is raw bytes for there; MODE real, protected, long."
+        ),
+    ] = "",
     no_vtl1: Annotated[bool, typer.Option("--no-vtl1", help="Do not offer VTL1 to the guest.")] = False,
     policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
@@ -51,6 +57,7 @@ def run(
     size = parse_ram(ram)
     targets = parse_serial(serial or [])
     modules = parse_modules(initrd)
+    start = parse_flat(flat)
     text = read_text(policy)
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(_sinks(targets, as_json))
@@ -64,6 +71,7 @@ def run(
                 modules=list(modules),
                 vtl1=not no_vtl1,
                 stop_on_reset=no_reboot,
+                **_boot(start),
             )
         )
         if policy:
@@ -73,6 +81,20 @@ def run(
         late = _start(machine, timeout, stack)
         end = _follow(machine, sinks)
         return _report(machine, end, late.is_set(), timeout, as_json)
+
+
+def _boot(start: FlatStart | None) -> dict[str, Any]:
+    """Arguments of Lab.create() for a flat image; none lets the file's own magic numbers decide."""
+    if start is None:
+        return {}
+    from vtlab.v1 import vcpu_pb2
+
+    return {
+        "image_format": vcpu_pb2.IMAGE_FORMAT_FLAT,
+        "load_address": start.address,
+        "entry": start.address,
+        "start_mode": vcpu_pb2.StartMode.Value(f"START_MODE_{start.mode.upper()}"),
+    }
 
 
 def read_text(file: str) -> str:

@@ -12,7 +12,7 @@ from vmm.cli import checks
 from vmm.cli.describe import describe_exit, detail
 from vmm.cli.exit_codes import OF_ERROR, ExitCode, of_debug_exit, of_error
 from vmm.cli.inspect import hex_lines, registers_as_dict
-from vmm.cli.qemu_options import SerialTarget, parse_modules, parse_ram, parse_serial
+from vmm.cli.qemu_options import FlatStart, SerialTarget, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab import errors, status
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
 
@@ -66,6 +66,15 @@ def test_modules() -> None:
     assert parse_modules("") == []
     assert parse_modules("a x=1,b") == [("a", "a x=1"), ("b", "b")]
     assert parse_modules("a,,b c,,d") == [("a,b", "a,b c,d")]
+
+
+def test_flat() -> None:
+    assert parse_flat("") is None
+    assert parse_flat("0x7c00") == FlatStart(0x7C00, "real")
+    assert parse_flat("4096,long") == FlatStart(4096, "long")
+    for bad in ("x", "-1", "0,virtual", ",real"):
+        with pytest.raises(errors.BadArgument, match=f"--flat {bad}"):
+            parse_flat(bad)
 
 
 def test_every_error_has_a_code_that_no_guest_can_return() -> None:
