@@ -20,7 +20,7 @@ from vmm.processor import Processor
 from vmm.vtl import PartitionVtl
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import Enter, ProtectionUpdate, Update
-from vtlab.v1.vmm_pb2 import MachineSpec, MachineState, VtlEvent
+from vtlab.v1.vmm_pb2 import MachineSpec, MachineState
 
 # Runs of a protection update that its event keeps; the first ones.
 _EVENT_RUNS = 256
@@ -94,6 +94,4 @@ class Board:
             processor.post(update)
 
     def log_vtl(self, processor: Processor, vtl: int, what: str, code: int = 0) -> None:
-        self.events.record(
-            vmm_pb2.EVENT_KIND_VTL, VtlEvent(what=what, code=code), processor.index, vtl, processor.resumed
-        )
+        self.events.record(vmm_pb2.EVENT_KIND_VTL, (what, code), processor.index, vtl, processor.resumed)

@@ -29,6 +29,11 @@ _FIELDS: dict[int, str] = {
     vmm_pb2.EVENT_KIND_VTL: "vtl_event",
     vmm_pb2.EVENT_KIND_DEVICE: "device",
 }
+# kind -> what makes its message from the tuple that was recorded
+_BUILDERS: dict[int, Callable[..., Any]] = {
+    vmm_pb2.EVENT_KIND_VERDICT: lambda exit_, resolution: vmm_pb2.Verdict(exit=exit_, resolution=resolution),
+    vmm_pb2.EVENT_KIND_VTL: lambda what, code: vmm_pb2.VtlEvent(what=what, code=code),
+}
 # Entries of the same kind that are kept, and the sum of their weights (bytes or runs; see record).
 CAPACITY = 2048
 WEIGHT = 4 << 20
@@ -42,7 +47,7 @@ class _Entry(NamedTuple):
     vp_index: int
     vtl: int
     enter_sequence: int
-    detail: Any  # the message, or (exit, resolution) of a verdict
+    detail: Any  # the message, or what _BUILDERS makes it from
     weight: int
 
 
@@ -94,7 +99,8 @@ class EventLog:
         """Adds an event.
 
         Args:
-            detail: the message of that kind, not changed afterwards; for VERDICT a pair (exit, resolution).
+            detail: the message of that kind, not changed afterwards; for VERDICT the pair (exit, resolution), for VTL
+                (what, code).
             weight: size of a detail that can be large, so that the log stays bounded in bytes too.
         """
         with self._lock:
@@ -175,10 +181,8 @@ class EventLog:
         return batch, lost, closed
 
     def _build(self, kind: int, entry: _Entry) -> Event:
-        detail = entry.detail
-        if kind == vmm_pb2.EVENT_KIND_VERDICT:
-            exit_, resolution = detail
-            detail = vmm_pb2.Verdict(exit=exit_, resolution=resolution)
+        build = _BUILDERS.get(kind)
+        detail = build(*entry.detail) if build else entry.detail
         event = self._event(entry.sequence, kind, **{_FIELDS[kind]: detail})
         event.time.CopyFrom(Timestamp(seconds=entry.time_ns // 10**9, nanos=entry.time_ns % 10**9))
         event.vp_index = entry.vp_index

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmm.events import EventLog
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import Exit, Kicked, Resolution, SerialOutput
-from vtlab.v1.vmm_pb2 import Event, VtlEvent
+from vtlab.v1.vmm_pb2 import Event
 
 SERIAL = vmm_pb2.EVENT_KIND_SERIAL
 VTL = vmm_pb2.EVENT_KIND_VTL
@@ -30,7 +30,7 @@ def read(log: EventLog, count: int, from_sequence: int = 0, kinds: tuple[int, ..
 def test_events_are_numbered_in_order_over_all_kinds() -> None:
     log = EventLog("vm")
     serial(log, "a")
-    log.record(VTL, VtlEvent(what="call", code=5), vp_index=0, vtl=0, enter_sequence=7)
+    log.record(VTL, ("call", 5), vp_index=0, vtl=0, enter_sequence=7)
     serial(log, "b")
     events = read(log, 3)
     assert [event.sequence for event in events] == [1, 2, 3]
@@ -53,7 +53,7 @@ def test_a_verdict_is_built_from_its_pair() -> None:
 
 def test_a_flood_of_one_kind_does_not_push_out_another() -> None:
     log = EventLog("vm", capacity=10)
-    log.record(VTL, VtlEvent(what="reset"))
+    log.record(VTL, ("reset", 0))
     serial(log, *["x"] * 100)
     assert [event.sequence for event in log.kept((VTL,))] == [1]
     assert len(log.kept((SERIAL,))) == 10
