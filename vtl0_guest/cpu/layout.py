@@ -41,6 +41,7 @@ STRUCTURE_SIZE = 0x4000  # covers all that the core touches
 
 _HANDLE_SIZE = 0x1000
 _PROCESSOR_SIZE = 0xC000  # CPUState with its TLB comes before CPUX86State
+_ENGINE_POINTER = 0x81A8  # offset of CPUState.uc
 _R8_TO_R15 = (
     UC_X86_REG_R8,
     UC_X86_REG_R9,
@@ -120,15 +121,30 @@ def find(uc: Uc) -> Layout:
         size = room(pointer) if pointer % 8 == 0 else 0
         if size < 0x1000 or pointer in found:
             continue
-        at = ctypes.string_at(pointer, min(size, _PROCESSOR_SIZE)).find(wanted)
-        if at >= 64:
+        block = ctypes.string_at(pointer, min(size, _PROCESSOR_SIZE))
+        at = block.find(wanted)
+        if at >= 64 and _refers(block[: at - 64], pointer + at - 64) and _refers(block[: at - 64], handle):
             found[pointer] = pointer + at - 64
-    # Interior pointers would find the same structure; the outermost is the object itself.
+    # Pointers to other memory shortly before the object see it too, and the bytes searched for lie about in the heap.
     if len(set(found.values())) != 1:
         raise EngineUnsupported(f"Unicorn engine: {len(set(found.values()))} candidates for the processor's structure")
-    processor, environment = min(found.items())
+    processor, environment = max(found.items())
     _check_both_ways(uc, environment)
     return Layout(processor, environment, _find_msrs(uc, environment))
+
+
+def _refers(block: bytes, address: int) -> bool:
+    """CPUState holds its CPUX86State (env_ptr) and its engine (uc)."""
+    at = block.find(struct.pack("<Q", address))
+    while at >= 0 and at % 8:
+        at = block.find(struct.pack("<Q", address), at + 1)
+    return at >= 0
+
+
+def _engine_of(processor: int, environment: int) -> int:
+    """CPUState.uc, if a CPUState were there; 0 where it would not fit before CPUX86State."""
+    place = processor + _ENGINE_POINTER
+    return ctypes.c_uint64.from_address(place).value if place < environment else 0
 
 
 def _check_both_ways(uc: Uc, environment: int) -> None:
