@@ -41,7 +41,6 @@ STRUCTURE_SIZE = 0x4000  # covers all that the core touches
 
 _HANDLE_SIZE = 0x1000
 _PROCESSOR_SIZE = 0xC000  # CPUState with its TLB comes before CPUX86State
-_ENGINE_POINTER = 0x81A8  # offset of CPUState.uc
 _R8_TO_R15 = (
     UC_X86_REG_R8,
     UC_X86_REG_R9,
@@ -139,12 +138,6 @@ def _refers(block: bytes, address: int) -> bool:
     while at >= 0 and at % 8:
         at = block.find(struct.pack("<Q", address), at + 1)
     return at >= 0
-
-
-def _engine_of(processor: int, environment: int) -> int:
-    """CPUState.uc, if a CPUState were there; 0 where it would not fit before CPUX86State."""
-    place = processor + _ENGINE_POINTER
-    return ctypes.c_uint64.from_address(place).value if place < environment else 0
 
 
 def _check_both_ways(uc: Uc, environment: int) -> None:
