@@ -240,11 +240,7 @@ class Machine:
             except VtlabError as error:
                 self._break(f"cannot {operation}: {error}")
                 return
-            if following == RUNNING:
-                _log.info("machine %s: %s", self.vm, ending.reason)
-                self._enter_state(following)
-            else:
-                self._enter_state(following, ending.reason, ending.debug_exit)
+            self._enter_state(following, ending.reason, ending.debug_exit)
 
     def _renew(self) -> None:
         """RESET: protections lifted, VTL1 destroyed, all memory zeroed, the image loaded again, running."""

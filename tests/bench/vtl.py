@@ -36,6 +36,7 @@ def _call(service: Service, rsi: int = 0, rdx: int = 0) -> str:
     mov edi, {service}
     mov rsi, {rsi}
     mov rdx, {rdx}
+    xor eax, eax
     mov ecx, {HypercallCode.VTL_CALL.value}
     vmmcall
     test r8, r8

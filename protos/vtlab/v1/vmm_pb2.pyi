@@ -135,7 +135,7 @@ class Machine(_message.Message):
     debug_exit: _builtins.int
     """Value the guest wrote to the debug-exit port."""
     reason: _builtins.str
-    """Why it is STOPPED or FAILED, for people."""
+    """Why it is STOPPED or FAILED, or what in the guest last reset it, for people."""
     @_builtins.property
     def spec(self) -> Global___MachineSpec: ...
     def __init__(

@@ -104,7 +104,7 @@ def test_reset_request_resets_or_stops(
     guest.say(Exit(reset_request=ResetRequest(source="0xcf9")))
     machine.start()
     wait_until(lambda: (machine.describe().state, machine.describe().generation) == (state, generation))
-    assert ("0xcf9" in machine.describe().reason) == stop_on_reset
+    assert "0xcf9" in machine.describe().reason
 
 
 class Lifecycle(RuleBasedStateMachine):
