@@ -18,7 +18,7 @@ from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdo
 from vtl0_guest.cpu.gates import Event
 from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
 from vtl0_guest.cpu.instructions.table import TABLE
-from vtl0_guest.cpu.native_hooks import Reason
+from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
 from vtl0_guest.cpu.vmcb import ExitCode
@@ -76,7 +76,7 @@ class Processor:
             Reason.STORE_REFUSED: self._on_store_refused,
             Reason.ASKED: self._on_asked,
             Reason.INTERRUPT_WINDOW: self._on_nothing,
-            Reason.BUDGET_SPENT: self._on_nothing,
+            Reason.BUDGET_SPENT: self._on_budget_spent,
             Reason.TASK_SWITCH: self._on_task_switch,
             Reason.ROOT_SWAP: self._on_nothing,
             Reason.UNMAPPED: self._on_unmapped,
@@ -317,6 +317,13 @@ class Processor:
         self._engine.clear_stop()
         return None
 
+    def _on_budget_spent(self) -> Operation | None:
+        """The block of an IRET that ends an NMI's handler is over."""
+        self._engine.set_budget(UNLIMITED)
+        self._nmi_blocked = False
+        self._engine.set_pending(True)
+        return None
+
     def _on_unmapped(self) -> Operation | None:
         raise CannotEmulate(f"access to system-physical {self._engine.address:#x}, where nothing is mapped")
 
@@ -363,8 +370,9 @@ class Processor:
         if code in (ExitCode.SOFTWARE_INTERRUPT, ExitCode.ICEBP):
             return self._on_software_interrupt()
         if code == ExitCode.IRET:
-            self._nmi_blocked = False
+            # NMIs may come again after this IRET: let its block run, and stop at the next one.
             self._engine.intercept(ExitCode.IRET, False)
+            self._engine.set_budget(1)
             return None
         row = TABLE.get(code)
         if row is None:
