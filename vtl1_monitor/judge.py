@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from vtl1_monitor.policy.rules import Rules, ValueRule
 from vtl1_monitor.policy.schema import Violation
 from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.x86.registers import Msr
 
 CR3_BASE = 0x000F_FFFF_FFFF_F000
 """Page-table base in CR3, without PCID and flags (SDM volume 3, section 4.5.2)."""
@@ -123,7 +124,9 @@ def _msr(rules: Rules, _facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
     access = exit_.msr
     if not access.write:
         return _commit(NO_RULE, f"reads of MSR {access.index:#x} are not limited")
-    return _value(rules.msrs.get(access.index), f"MSR {access.index:#x}", access.old_value, access.new_value)
+    register = _MSR_OF_REGISTER.get(access.index)
+    rule = rules.msrs.get(access.index) if register is None else rules.registers.get(register)
+    return _value(rule, f"MSR {access.index:#x}", access.old_value, access.new_value)
 
 
 def _memory_fault(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
@@ -138,6 +141,9 @@ def _memory_fault(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
     action = _MEMORY_ACTION[rules.violation(owner)]
     return _verdict(action, owner, f"{owner}: {access} of {fault.gpa:#x} is refused")
 
+
+# Registers with a rule of their own that a client may also write by MSR index.
+_MSR_OF_REGISTER = {int(Msr.EFER): registers_pb2.REGISTER_NAME_EFER}
 
 _KINDS: dict[str, Callable[[Rules, Facts, vcpu_pb2.Exit], Verdict]] = {
     "register_write": _register_write,
