@@ -102,7 +102,7 @@ def handle_of(uc: Uc) -> int:
 
 
 def find(uc: Uc) -> Layout:
-    """Finds the structures of a fresh engine, whose registers it uses. Raises EngineUnsupported if they are not there."""
+    """Finds the structures of a fresh engine, whose registers it uses. Raises EngineUnsupported if they are absent."""
     for register, value in zip(_R8_TO_R15, _MAGIC, strict=True):
         uc.reg_write(register, value)
     wanted = struct.pack("<8Q", *_MAGIC)
