@@ -19,7 +19,7 @@ def ram(tmp_path: Path) -> Iterator[Ram]:
 
 
 @pytest.fixture
-def guest(ram: Ram) -> Iterator[Guest]:
-    machine = Guest(ram)
+def guest(ram: Ram, tmp_path: Path) -> Iterator[Guest]:
+    machine = Guest(ram, tmp_path)
     yield machine
     machine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 import keystone
 
@@ -62,10 +63,11 @@ def _segment(selector: int, attributes: int, base: int = 0, limit: int = 0xFFFFF
 
 
 class Guest:
-    """One vCPU of a bare machine. `memory` is the writable file."""
+    """A bare machine whose vCPU 0 runs. `memory` is the writable file, `directory` holds all files."""
 
-    def __init__(self, ram: Ram, vp_count: int = 1) -> None:
+    def __init__(self, ram: Ram, directory: Path, vp_count: int = 1) -> None:
         self.ram = ram
+        self.directory = directory
         self.memory = ram.views[RamFile.WRITABLE]
         self.platform = build_platform(vp_count, ram.size)
         self.core = Core(ram, vp_count, 0, self.platform)
