@@ -1,10 +1,9 @@
-"""What VTL1 knows of one machine. It has one owner at a time: the vCPU whose enter is being served (`exclusive`)."""
+"""What VTL1 knows of one machine. It has one owner at a time: the vCPU whose enter is being served (`turn`)."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -111,20 +110,21 @@ class Machine:
         """Nothing but a reset can replace the policy."""
         return self.operator_locked or self.end_of_boot
 
-    @contextmanager
-    def exclusive(self, owner: object) -> Iterator[None]:
-        """Waits until no other vCPU is in the middle of a service, and keeps all others out.
+    def wait_for_turn(self, owner: object) -> None:
+        """Waits, with `turn` held, until no other vCPU is in the middle of a service.
 
         Raises WrongState once the machine was given up.
         """
-        with self.turn:
-            self.turn.wait_for(lambda: self.closed or self.serving in (None, owner))
-            if self.closed:
-                raise WrongState(self.vm, state="detached", operation="serve VTL1")
-            try:
-                yield
-            finally:
-                self.turn.notify_all()
+        if self.serving is not None and self.serving is not owner:
+            self.turn.wait_for(lambda: self.closed or self.serving is None)
+        if self.closed:
+            raise WrongState(self.vm, state="detached", operation="serve VTL1")
+
+    def serve_for(self, owner: object) -> None:
+        """Notes whose service is in progress, None for nobody's; `turn` is held."""
+        self.serving = owner
+        if owner is None:
+            self.turn.notify_all()
 
     # ------------------------------------------------------------------------------------- what the judge asks
 

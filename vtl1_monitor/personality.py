@@ -35,7 +35,9 @@ class PolicyProcessor:
 
     def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """From an Enter to its Exit. Raises WrongState."""
-        with self._machine.exclusive(self):
+        machine = self._machine
+        with machine.turn:
+            machine.wait_for_turn(self)
             handler = _HANDLERS.get((self._steps is not None, enter.reason))
             if handler is None:
                 reason = vcpu_pb2.EnterReason.Name(enter.reason)
@@ -58,7 +60,9 @@ class PolicyProcessor:
         assert self._steps is not None
         assert self._call is not None
         steps, call = self._steps, self._call
-        self._steps = self._machine.serving = None
+        if status is not None:
+            self._machine.serve_for(None)
+        self._steps = None
         try:
             request = next(steps) if status is None else steps.send(status)
         except StopIteration as stop:
@@ -74,7 +78,8 @@ class PolicyProcessor:
         except BaseException as error:
             self._machine.break_down(f"{call.name} failed: {type(error).__name__}")
             raise
-        self._steps, self._machine.serving = steps, self
+        self._steps = steps
+        self._machine.serve_for(self)
         return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, protect=request)
 
     def _refused(self, call: Call, refusal: Refused) -> vcpu_pb2.Exit:

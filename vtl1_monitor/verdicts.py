@@ -6,25 +6,41 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from vtlab.v1 import monitor_pb2, vcpu_pb2
 
 CAPACITY = 4096
 
 
+class _Row(NamedTuple):
+    """A verdict as it is kept; its message is made only for who reads it."""
+
+    time_ns: int
+    exit: vcpu_pb2.Exit
+    resolution: vcpu_pb2.Resolution
+    rule: str
+
+    def message(self, missed: int) -> monitor_pb2.WatchVerdictsResponse:
+        result = monitor_pb2.WatchVerdictsResponse(
+            exit=self.exit, resolution=self.resolution, rule=self.rule, missed=missed
+        )
+        result.time.FromNanoseconds(self.time_ns)
+        return result
+
+
 class VerdictLog:
     """Verdicts of one machine, the newest CAPACITY of them. Thread-safe; `record` never waits for a watcher."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
-        self._ring: deque[monitor_pb2.WatchVerdictsResponse] = deque(maxlen=capacity)
+        self._ring: deque[_Row] = deque(maxlen=capacity)
         self._count = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def record(self, exit_: vcpu_pb2.Exit, resolution: vcpu_pb2.Resolution, rule: str) -> None:
         """Adds a verdict; the messages must not be changed afterwards."""
-        row = monitor_pb2.WatchVerdictsResponse(exit=exit_, resolution=resolution, rule=rule)
-        row.time.FromNanoseconds(time.time_ns())
+        row = _Row(time.time_ns(), exit_, resolution, rule)
         with self._changed:
             self._ring.append(row)
             self._count += 1
@@ -39,7 +55,8 @@ class VerdictLog:
     def kept(self) -> list[monitor_pb2.WatchVerdictsResponse]:
         """What the ring holds, oldest first."""
         with self._changed:
-            return list(self._ring)
+            rows = list(self._ring)
+        return [row.message(0) for row in rows]
 
     def watch(self, stop: threading.Event, poll: float = 0.5) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
         """From the oldest verdict kept, for ever; `missed` counts those lost before each row.
@@ -60,7 +77,5 @@ class VerdictLog:
                 rows = [self._ring[index] for index in range(position - oldest, len(self._ring))]
                 position += len(rows)
             for row in rows:
-                copy = monitor_pb2.WatchVerdictsResponse()
-                copy.CopyFrom(row)
-                copy.missed, missed = missed, 0
-                yield copy
+                yield row.message(missed)
+                missed = 0
