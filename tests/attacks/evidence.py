@@ -12,6 +12,8 @@ from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
 from vtlab.errors import Refused
 
+SHOWN = 3  # denials told one by one
+
 
 class Outcome(Enum):
     """Of an attack."""
@@ -111,9 +113,9 @@ class Attempts:
         return str(fault).replace(f"at {fault.rip:#x}", f"at {self._symbols.describe(fault.rip)}")
 
     def __str__(self) -> str:
-        """The first denial, and how many followed."""
-        more = f" (+{len(self.denials) - 1})" if len(self.denials) > 1 else ""
-        return self.denials[0] + more if self.denials else ""
+        """What the guest took, step by step; many in a row as their number."""
+        shown = self.denials[:SHOWN] + ([f"and {len(self.denials) - SHOWN} more"] if self.denials[SHOWN:] else [])
+        return "; ".join(shown)
 
 
 def observe(

@@ -53,7 +53,7 @@ def test_attempts_remember_every_refusal_and_name_the_place() -> None:
         "client refused: is sealed",
         "HV_STATUS_ACCESS_DENIED",
     ]
-    assert str(attempts) == "#GP(0x0) at gadget_mov_cr4 (+3)"
+    assert str(attempts) == "#GP(0x0) at gadget_mov_cr4; refused -EACCES; client refused: is sealed; and 1 more"
 
 
 def test_observe_reads_the_state_around_the_steps() -> None:
