@@ -130,11 +130,15 @@ class ConsoleTeller:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def processes(self, pids: dict[str, int]) -> None:
+        rows = [(name, f"pid {pids[role]}" if role in pids else "remote", what) for role, (name, what) in ROLES.items()]
+        if not self._console.is_terminal:
+            for name, where, what in rows:
+                self._line(f"{name:<14}{where:<12}{what}")
+            return
         table = Table.grid(padding=(0, 2))
-        for role, (name, what) in ROLES.items():
-            table.add_row(f"[bold]{name}[/]", f"pid {pids[role]}" if role in pids else "remote", what)
-        framed = Panel(table, title="three processes", title_align="left", expand=False)
-        self._console.print(framed if self._console.is_terminal else table)
+        for name, where, what in rows:
+            table.add_row(f"[bold]{name}[/]", where, what)
+        self._console.print(Panel(table, title="three processes", title_align="left", expand=False))
 
     def boot_log(self, lines: Sequence[str]) -> None:
         self._line("\nThe guest deprivileges itself, and VTL1 comes to life:")
