@@ -30,7 +30,7 @@ class ChildSpec:
         module: where its main(config) is, "vtl0_guest.server".
         config: `ready` gets the bound addresses, or the VtlabError that ended the start.
         rules: dill pickle of the monitor's rules, made and read on this machine by this user alone; b"" for none.
-        directory: folder of the laboratory, removed when the parent dies.
+        directories: folders of the laboratory, removed when the parent dies.
         log: file for stdout and stderr; None keeps the parent's.
         parent: its process number.
     """
@@ -38,7 +38,7 @@ class ChildSpec:
     module: str
     config: ServerConfig
     rules: bytes
-    directory: Path
+    directories: tuple[Path, ...]
     log: Path | None
     parent: int
 
@@ -50,7 +50,7 @@ def run(spec: ChildSpec) -> None:
         _redirect(spec.log)
     parent = parent_process()
     assert parent is not None
-    watch_parent(parent.sentinel, partial(remove_folder, spec.directory))
+    watch_parent(parent.sentinel, partial(_remove, spec.directories))
     ready: Any = spec.config.ready
     try:
         main = importlib.import_module(spec.module).main
@@ -67,7 +67,12 @@ def run(spec: ChildSpec) -> None:
         sys.exit(1)
     finally:
         if os.getppid() != spec.parent:  # nobody else is left to do it
-            remove_folder(spec.directory)
+            _remove(spec.directories)
+
+
+def _remove(directories: tuple[Path, ...]) -> None:
+    for directory in directories:
+        remove_folder(directory)
 
 
 def _internal(spec: ChildSpec, error: Exception) -> InternalError:

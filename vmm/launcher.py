@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
+import io
 import os
 import shutil
 import sys
@@ -29,7 +31,7 @@ import multiprocess
 from vmm.child import ChildSpec, run
 from vtlab.channels import ServerConfig
 from vtlab.client import Addresses, Lab
-from vtlab.errors import InternalError, PeerUnavailable, TimedOut, VtlabError, one_line
+from vtlab.errors import InternalError, TimedOut, VtlabError, one_line
 from vtlab.process import remove_folder
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
@@ -38,6 +40,8 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only private folders are made i
 ROOM_WANTED = 256 << 20  # bytes that must be free there, else the folder goes to the disk
 PREFIX = "vtlab-lab-"
 SOCKET_PATH_LIMIT = 107  # bytes, sun_path of unix(7)
+SOCKETS = ("guest.sock", "vcpu.sock", "monitor.sock", "vmm.sock")
+SHORT_BASE = "/tmp"  # noqa: S108 - only private folders are made in it
 
 # role -> the module whose main() serves it, in the order of their end: the VMM still speaks to the levels
 SERVERS = {Role.VMM: "vmm.server", Role.GUEST: "vtl0_guest.server", Role.MONITOR: "vtl1_monitor.server"}
@@ -106,14 +110,15 @@ def launch(
     Raises:
         VtlabError: as the process that could not start reports it, or TimedOut.
     """
-    with _private_directory(directory) as folder:
+    with _private_directory(directory) as folder, _socket_directory(folder) as sockets:
         trust = ensure_trust(folder / "trust")
         processes: dict[Role, LocalProcess] = {}
         try:
-            configs = _configs(folder, trust, vmm_listen, monitor_listen)
+            configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
             blob = _ship(rules)
             for role in (Role.GUEST, Role.MONITOR, Role.VMM):
-                processes[role] = _start(role, configs[role], blob if role is Role.MONITOR else b"", folder)
+                shipped = blob if role is Role.MONITOR else b""
+                processes[role] = _start(role, configs[role], shipped, (folder, sockets))
             bound = _await_ready(processes, timeout)
             addresses = Addresses(bound[Role.VMM][0], bound[Role.MONITOR][1], trust / Role.OPERATOR)
             with LocalLab(addresses, folder, processes) as lab:
@@ -122,8 +127,10 @@ def launch(
             _stop(processes)
 
 
-def _configs(folder: Path, trust: Path, vmm_listen: str, monitor_listen: str) -> dict[Role, ServerConfig]:
-    sockets = {name: f"unix:{folder / name}" for name in ("guest.sock", "vcpu.sock", "monitor.sock", "vmm.sock")}
+def _configs(
+    folder: Path, socket_folder: Path, trust: Path, vmm_listen: str, monitor_listen: str
+) -> dict[Role, ServerConfig]:
+    sockets = {name: f"unix:{socket_folder / name}" for name in SOCKETS}
     listen = {
         Role.GUEST: (sockets["guest.sock"],),
         Role.MONITOR: (sockets["vcpu.sock"], monitor_listen or sockets["monitor.sock"]),
@@ -144,18 +151,28 @@ def _ship(rules: Any) -> bytes:
         return b""
     import dill
 
-    return bytes(dill.dumps(rules, recurse=True))
+    class Pickler(dill.Pickler):  # type: ignore[misc]
+        """dill ships the contents of a module that is installed editable; here modules go by name."""
+
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, types.ModuleType) and value.__name__ != "__main__" and value.__spec__ is not None:
+                return importlib.import_module, (value.__name__,)
+            return NotImplemented
+
+    buffer = io.BytesIO()
+    Pickler(buffer, recurse=True).dump(rules)
+    return buffer.getvalue()
 
 
-def _start(role: Role, config: ServerConfig, rules: bytes, folder: Path) -> LocalProcess:
+def _start(role: Role, config: ServerConfig, rules: bytes, folders: tuple[Path, Path]) -> LocalProcess:
     context = multiprocess.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    log = None if os.environ.get("VTLAB_DEBUG") else folder / f"{role}.log"
+    log = None if os.environ.get("VTLAB_DEBUG") else folders[0] / f"{role}.log"
     spec = ChildSpec(
         module=SERVERS[role],
         config=replace(config, ready=sender),
         rules=rules,
-        directory=folder,
+        directories=folders,
         log=log,
         parent=os.getpid(),
     )
@@ -229,8 +246,6 @@ def _private_directory(directory: Path | str | None) -> Iterator[Path]:
     sweep(base)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))  # 0700
     try:
-        if len(os.fsencode(folder / "monitor.sock")) > SOCKET_PATH_LIMIT:
-            raise PeerUnavailable(str(folder), "this path is too long for Unix sockets; choose another directory")
         descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
@@ -239,6 +254,16 @@ def _private_directory(directory: Path | str | None) -> Iterator[Path]:
             os.close(descriptor)
     finally:
         remove_folder(folder)
+
+
+@contextlib.contextmanager
+def _socket_directory(folder: Path) -> Iterator[Path]:
+    """The folder itself, or a private one elsewhere if its path is too long for the address of a Unix socket."""
+    if all(len(os.fsencode(folder / name)) <= SOCKET_PATH_LIMIT for name in SOCKETS):
+        yield folder
+        return
+    with _private_directory(SHORT_BASE) as short:
+        yield short
 
 
 def _roomy_base() -> Path:

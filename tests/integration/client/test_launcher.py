@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -102,7 +103,12 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
     monkeypatch.setenv("VTLAB_TEST_FAULT", f"{role}:{fault}")
     with pytest.raises(kind) as failed, launch(directory=tmp_path, timeout=3 if fault == "hang" else 20):
         pytest.fail("it started")
-    assert str(failed.value) == text.format(role=role)
+    said = str(failed.value)
+    if fault == "hang":  # on a busy machine the others may be late too
+        assert role in said
+        assert said.endswith(text.format(role=""))
+    else:
+        assert said == text.format(role=role)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,6 +120,19 @@ def test_a_dead_vmm_is_an_error_of_the_caller(toys: None, tmp_path: Path) -> Non
         with pytest.raises(PeerUnavailable, match="vmm at unix:"):
             machine.wait_serial("never", timeout=30)
     gone(list(lab.pids.values()), lab.directory)
+
+
+def test_a_long_path_is_no_obstacle(toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of Unix sockets are short; the folder of a laboratory need not be."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    with tempfile.TemporaryDirectory(dir=launcher.SHORT_BASE) as short:
+        monkeypatch.setattr(launcher, "SHORT_BASE", short)
+        with launch(directory=long) as lab:
+            assert lab.directory.parent == long
+            assert lab.addresses.vmm.startswith(f"unix:{short}/")
+            assert lab.machines() == []
+        assert list(long.iterdir()) == list(Path(short).iterdir()) == []
 
 
 def test_tcp_for_clients(toys: None, tmp_path: Path) -> None:
