@@ -1,4 +1,4 @@
-"""One processor: what `Core.processor` gives. Entering it runs the guest until something is for somebody else to decide."""
+"""One processor: entering it runs the guest until something is for somebody else to decide."""
 
 from __future__ import annotations
 
@@ -388,6 +388,8 @@ class Processor:
             instruction, raw = self._fetch()
             if instruction.mnemonic in _HYPERCALLS:
                 return self._end(system.hypercall(context, instruction), instruction, raw)
+            if instruction.mnemonic == Mnemonic.INT1:
+                return self._on_software_interrupt()  # the engine does not know the opcode
             raise undefined_opcode()
         if vector == Vector.GP:
             instruction, raw = self._fetch()
@@ -519,4 +521,3 @@ class Processor:
 
     def _failure(self, message: str) -> Operation:
         return Operation(vcpu_pb2.Exit(failure=vcpu_pb2.EmulationFailure(message=message)), stays_stopped=True)
-

@@ -1,0 +1,29 @@
+"""What public test kernels found wrong, each as a small guest."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.cpu.machine import CODE, Guest
+
+
+def test_icebp_is_a_trap_like_debug_exception(guest: Guest) -> None:
+    """The engine takes F1 for an undefined opcode."""
+    guest.long_mode(b"\xf1\x90")
+    guest.run()
+    assert guest.vector == 1
+    assert guest.frame(1) == [CODE + 1]
+
+
+@pytest.mark.parametrize("msr", [0x179, 0x17A])
+def test_machine_check_msrs_exist_where_cpuid_says_so(guest: Guest, msr: int) -> None:
+    guest.long_mode(f"mov ecx, {msr:#x}; mov eax, -1; mov edx, -1; rdmsr; vmmcall")
+    assert guest.run() == "hypercall"
+    assert guest.exit.registers.rip > CODE
+    assert (guest.exit.registers.rax, guest.exit.registers.rdx) == (0, 0)
+
+
+def test_misc_enable_keeps_what_is_written(guest: Guest) -> None:
+    guest.long_mode("mov ecx, 0x1a0; mov eax, 0x51889; mov edx, 4; wrmsr; xor eax, eax; rdmsr; vmmcall")
+    assert guest.run() == "hypercall"
+    assert (guest.exit.registers.rax, guest.exit.registers.rdx) == (0x51889, 4)
