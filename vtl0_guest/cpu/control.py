@@ -1,7 +1,7 @@
 """What the processor accepts in its control registers. Pure: raises GuestFault (#GP) or gives the value to store.
 
-Sources: Intel SDM volume 3, 2.5 and volume 2, MOV to control registers, XSETBV; AMD APM volume 2, 3.1 and 14.6. The modelled
-processor has no LA57, PCID, VMX, SMX, CET, protection keys or AVX: their bits are reserved.
+Sources: Intel SDM volume 3, 2.5 and volume 2, MOV to control registers, XSETBV; AMD APM volume 2, 3.1 and 14.6. The
+modelled processor has no LA57, PCID, VMX, SMX, CET, protection keys or AVX: their bits are reserved.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def efer_after_cr0(efer: int, cr0: int) -> int:
 
 
 def check_cr3(state: ControlState, value: int) -> int:
-    """New CR3. Bits above the physical address width are reserved in long mode, the upper half is not there otherwise."""
+    """New CR3. Bits above the physical address width are reserved in long mode."""
     if state.efer & _LMA and value >> PHYSICAL_BITS:
         raise general_protection()
     return value

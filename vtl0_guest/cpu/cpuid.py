@@ -1,4 +1,4 @@
-"""What CPUID says: an AMD processor with what the engine really executes. SVM is hidden; bit 31 of 1:ECX says "hypervisor".
+"""What CPUID says: an AMD processor with what the engine really executes. SVM is hidden, a hypervisor is shown.
 
 Sources: AMD APM volume 3, appendix E; Intel SDM volume 2, CPUID (leaf 0xB).
 """

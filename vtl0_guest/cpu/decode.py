@@ -1,4 +1,4 @@
-"""Decoded instructions and their operands. AMD-V says which kind of instruction exited, not which registers it names."""
+"""Decoded instructions and their operands: AMD-V says which kind of instruction exited, not what it names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Delivery of exceptions and interrupts: the right gate for the mode, and what happens when delivery itself faults.
 
-Source: Intel SDM volume 3, 6.15 (interrupt 8, table 6-5): benign, contributory and page faults combine to #DF, a fault
-while #DF is delivered is a triple fault.
+Source: Intel SDM volume 3, 6.15 (interrupt 8, table 6-5): benign, contributory and page faults combine to #DF, a
+fault while #DF is delivered is a triple fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading descriptors from the guest's GDT and LDT, and the checks that go with it (Intel SDM volume 3, chapters 3 and 5)."""
+"""Loading descriptors from the guest's GDT and LDT. Source: Intel SDM volume 3, chapters 3 and 5."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One emulated processor: Unicorn with its AMD-V, entered by VMRUN once, then run and stopped without a trace.
 
-`run` returns a raw reason; what it means is decided elsewhere. The processor's state is read and written in place through
-`state` (see layout.py), the reason and its details through the mailbox (see native_hooks.py).
+`run` returns a raw reason; what it means is decided elsewhere. The processor's state is read and written in place
+through `state` (see layout.py), the reason and its details through the mailbox (see native_hooks.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The registers of one processor, read and written where the engine keeps them.
 
-Only while the engine is stopped. Writing control state goes through the setters, which keep the engine's hidden flags
-(translation-time copies of CR0, CR4, EFER, CPL and segment sizes) and its address translations right.
+Only while the engine is stopped. Writing control state goes through the setters, which keep the engine's hidden
+flags (translation-time copies of CR0, CR4, EFER, CPL and segment sizes) and its address translations right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Building exit values. Registers are packed as protobuf bytes at once: setting thirty fields one by one costs ten times more."""
+"""Building exit values. Registers are packed as protobuf bytes at once, which costs less than thirty assignments."""
 
 from __future__ import annotations
 

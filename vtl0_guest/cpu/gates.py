@@ -1,7 +1,7 @@
 """How an exception or interrupt enters its handler: interrupt vector table, 16- and 32-bit gates, 64-bit gates.
 
-The engine has no delivery of its own. Each function does everything that can fault before it changes a register, so a
-fault leaves the interrupted state whole. Source: Intel SDM volume 3, chapter 6 (6.12, 6.14), volume 1, 20.1.4.
+The engine has no delivery of its own. Each function does everything that can fault before it changes a register, so
+a fault leaves the interrupted state whole. Source: Intel SDM volume 3, chapter 6 (6.12, 6.14), volume 1, 20.1.4.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _CODE64 = 0xFFFF_FFFF
 class Event(NamedTuple):
     """What is to be delivered.
 
-    `software` marks INTn, INT3 and INTO, which check the gate's DPL; `external` an interrupt or a fault met while one was
-    delivered (the EXT bit of selector error codes). `rip` is the address that goes on the stack.
+    `software` marks INTn, INT3 and INTO, which check the gate's DPL; `external` an interrupt or NMI (the EXT bit of
+    selector error codes). `rip` is the address that goes on the stack.
     """
 
     vector: int

@@ -1,8 +1,8 @@
 """Guest memory as one processor of one level sees it: physical by the nested table, virtual by the guest's tables too.
 
-Every access that the core makes for the guest (frames, operands, descriptors) comes through here, so the core can do
-nothing that the guest itself could not. A refusal by the nested table raises NestedFault, one by the guest's own tables
-GuestFault (#PF, or #GP and #SS for addresses that are not canonical).
+Every access that the core makes for the guest (frames, operands, descriptors) comes through here, so the core can
+do nothing that the guest itself could not. A refusal by the nested table raises NestedFault, one by the guest's own
+tables GuestFault (#PF, or #GP and #SS for addresses that are not canonical).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from vtl0_guest.cpu import layout
 from vtl0_guest.cpu.environment import Environment
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault
-from vtl0_guest.cpu.nested import ADDRESS, REGION_SHIFT, NestedTable, P, RW
+from vtl0_guest.cpu.nested import ADDRESS, REGION_SHIFT, RW, NestedTable, P
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86 import paging
 from vtlab.x86.registers import Rflags, Vector

@@ -1,4 +1,4 @@
-"""The page that a guest calls for hypercalls. Layout as openvmm lays it out; unused bytes are INT3 (TLFS, "Hypercall Page").
+"""The page that a guest calls for hypercalls (TLFS, "Hypercall Page"), laid out as by openvmm; unused bytes are INT3.
 
 VMMCALL stands where Intel processors have VMCALL: the modelled processor is AMD.
 """

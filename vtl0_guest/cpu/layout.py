@@ -1,10 +1,10 @@
 """Where the processor's structure lies in the engine's memory, found once per engine and checked.
 
-Unicorn keeps all processor state in QEMU's CPUX86State. Reading and writing it in place costs a tenth of a microsecond
-where the API costs two per register. The address is found by magic register values, by following the pointers of the
-engine's handle within its own readable memory; the offsets of the first part are the structure's beginning (general
-registers, RIP, RFLAGS, hidden flags, segments, control registers), the others are found by magic values as well. Anything
-that is not where it should be raises EngineUnsupported: nothing runs.
+Unicorn keeps all processor state in QEMU's CPUX86State. Reading and writing it in place costs a tenth of a
+microsecond where the API costs two per register. The address is found by magic register values, by following the
+pointers of the engine's handle within its own readable memory; the offsets of the first part are the structure's
+beginning (general registers, RIP, RFLAGS, hidden flags, segments, control registers), the others are found by magic
+values as well. Anything that is not where it should be raises EngineUnsupported: nothing runs.
 """
 
 from __future__ import annotations

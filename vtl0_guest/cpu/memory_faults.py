@@ -1,11 +1,12 @@
 """What a refusal by the nested table means: which access, at which addresses, with what data.
 
-AMD-V gives the guest-physical address and whether it was a read, write or fetch (EXITINFO2, low half of EXITINFO1). The
-guest-virtual address comes from the decoded operands: the one whose walk meets the physical page.
+AMD-V gives the guest-physical address and whether it was a read, write or fetch (EXITINFO2, low half of EXITINFO1).
+The guest-virtual address comes from the decoded operands: the one whose walk meets the physical page.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from iced_x86 import Instruction, InstructionInfoFactory, OpAccess
@@ -61,12 +62,10 @@ def _tables(context: Context, linear: int) -> set[int]:
         return context.memory.physical.read_entry(address, size)
 
     environment = context.environment
-    try:
+    with contextlib.suppress(NestedFault, ValueError):
         paging.walk(
             read, cr0=environment.cr(0), cr3=environment.cr(3), cr4=environment.cr(4), efer=environment.efer, gva=linear
         )
-    except (NestedFault, ValueError):
-        pass
     return pages
 
 

@@ -1,8 +1,9 @@
 """Hooks in machine code: they record why the guest stops, and stop it exactly.
 
-A Python callback inside translated code costs a microsecond, and a stop that another thread asks for by `emu_stop` is not
-exact (a read-modify-write may run twice). These hooks run on the engine's thread at points where the state is exact: at
-the start of a block, at an exit, in IN/OUT, SYSCALL and SYSENTER, at a refused store. They fill the mailbox and leave.
+A Python callback inside translated code costs a microsecond, and a stop that another thread asks for by `emu_stop`
+is not exact (a read-modify-write may run twice). These hooks run on the engine's thread at points where the state
+is exact: at the start of a block, at an exit, in IN/OUT, SYSCALL and SYSENTER, at a refused store. They fill the
+mailbox and leave.
 
 Calling convention: System V x86-64. The mailbox is the hooks' user data.
 """
@@ -108,7 +109,7 @@ class NativeHooks:
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
         self._used = 0
-        # Ends a hook: stop the engine and leave the block at the restored instruction. The stack is aligned for the call.
+        # Ends a hook: stop the engine, leave the block at the restored instruction. The stack is aligned for the call.
         leave = (
             b"\x48\x83\xec\x08"
             + _movabs(_RAX, emu_stop)

@@ -1,12 +1,13 @@
 """The nested page table: which file backs each guest-physical page, and with what rights.
 
-One table of 4 KiB entries serves every processor of a level. It lies in host memory that each engine maps at NESTED_BASE
-in a part of its system-physical space that no entry points to, and is edited here as plain 64-bit words, runs by slice.
+One table of 4 KiB entries serves every processor of a level. It lies in host memory that each engine maps at
+NESTED_BASE in a part of its system-physical space that no entry points to, and is edited here as plain 64-bit
+words, runs by slice.
 
-User and kernel execution are told apart by two roots (mode-based execute control): the kernel root lets kernel-executable
-pages run, the user root user-executable ones. They differ only in their last-level tables. The engine keeps separate TLBs
-for user and kernel accesses, and a root serves only its own privilege level, so a swap needs no full flush. Source of the
-entry format: AMD APM volume 2, 15.25.
+User and kernel execution are told apart by two roots (mode-based execute control): the kernel root lets kernel-
+executable pages run, the user root user-executable ones. They differ only in their last-level tables. The engine
+keeps separate TLBs for user and kernel accesses, and a root serves only its own privilege level, so a swap needs no
+full flush. Source of the entry format: AMD APM volume 2, 15.25.
 """
 
 from __future__ import annotations

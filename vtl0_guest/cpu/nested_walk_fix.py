@@ -1,13 +1,15 @@
 """A correction of one engine defect: a page-table walk through a no-execute nested page ends the process.
 
-QEMU's nested walk (`get_hphys`) clears "may execute" through a pointer that page-table accesses pass as NULL. A guest
-that keeps page tables in memory that the nested table makes non-executable, which is where they belong, or a hostile one
-that points CR3 there, would kill the emulator. The 18 bytes that hold the test have room for the missing check:
+QEMU's nested walk (`get_hphys`) clears "may execute" through a pointer that page-table accesses pass as NULL. A
+guest that keeps page tables in memory that the nested table makes non-executable, which is where they belong, or a
+hostile one that points CR3 there, would kill the emulator. The 18 bytes that hold the test have room for the
+missing check:
 
     before: test rdi,rdi; jns E; cmp r14d,2; je FAULT(near);              and dword [rcx],~4
     after:  test rdi,rdi; jns E; cmp r14d,2; je SHORT(to an equal je); jrcxz E; and dword [rcx],~4; nop
 
-The library's code page becomes private to this process; the file is not touched. A library whose bytes differ is refused.
+The library's code page becomes private to this process; the file is not touched. A library whose bytes differ is
+refused.
 """
 
 from __future__ import annotations

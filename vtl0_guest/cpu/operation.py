@@ -18,8 +18,8 @@ class Operation:
 
     Attributes:
         exit: the exit with its reason; registers and instruction are added when it leaves.
-        commit: does what was judged, with the value given (the captured one, or what REPLACE puts in its place). None: the
-            operation cannot be committed here.
+        commit: does what was judged, with the value given (the captured one, or what REPLACE puts in its place). None:
+            the operation cannot be committed here.
         value: what COMMIT passes to `commit`.
         complete: takes the result of an operation done elsewhere. None: there is nothing to complete.
         ends: whether the instruction is over after commit, complete or skip, so that RIP moves on.

@@ -1,7 +1,7 @@
 """A processor's whole state as messages, and register writes from outside.
 
-What comes from outside is made harmless, not judged: bits that this processor lacks are dropped and TR always holds a
-busy TSS, because the engine aborts on a gate through any other.
+What comes from outside is made harmless, not judged: bits that this processor lacks are dropped and TR always holds
+a busy TSS, because the engine aborts on a gate through any other.
 """
 
 from __future__ import annotations

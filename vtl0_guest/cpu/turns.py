@@ -1,4 +1,4 @@
-"""The one run token of a machine: engines of one machine never run at once, because `lock` is atomic for its own engine only.
+"""The one run token of a machine. Its engines never run at once: `lock` is atomic for its own engine only.
 
 Waiters take turns in order of arrival; whoever holds the token is asked to give it back after a slice.
 """

@@ -1,7 +1,7 @@
 """The functions of the Unicorn library that the core calls by address or without the Python wrapper's cost.
 
-Unicorn's shared library exports QEMU's own functions too; `cpu_loop_exit` is what QEMU calls to leave a translated block
-at the instruction whose state has just been restored.
+Unicorn's shared library exports QEMU's own functions too; `cpu_loop_exit` is what QEMU calls to leave a translated
+block at the instruction whose state has just been restored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The virtual machine control block that one VMRUN loads, and the permission maps. Source: AMD APM volume 2, appendix B.
+"""The virtual machine control block that one VMRUN loads. Source: AMD APM volume 2, appendix B.
 
-Everything that the core decides about is intercepted. Guest state in the block is only a neutral start: after VMRUN the
-core writes the real state in place.
+Everything that the core decides about is intercepted. Guest state in the block is only a neutral start: after VMRUN
+the core writes the real state in place.
 """
 
 from __future__ import annotations

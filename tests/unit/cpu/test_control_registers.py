@@ -369,6 +369,7 @@ def test_task_priority_register(guest: Guest) -> None:
 def test_state_round_trip(guest: Guest) -> None:
     guest.long_mode("mov r13, 77; vmmcall")
     guest.run()
+
     def state() -> registers_pb2.ProcessorState:
         present = guest.processor.state()
         counter = next(entry for entry in present.msrs if entry.index == Msr.TSC)

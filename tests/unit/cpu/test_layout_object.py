@@ -1,7 +1,7 @@
 """The processor's structure is found by its own references, not by the nearest pointer or a copy of the magic bytes.
 
-Bug: pointers of the handle to heap memory shortly before CPUState, or to a copy of the bytes searched for, were taken
-for the object; the next port access then crashed the process.
+Bug: pointers of the handle to heap memory shortly before CPUState, or to a copy of the bytes searched for, were
+taken for the object; the next port access then crashed the process.
 """
 
 from __future__ import annotations

@@ -140,7 +140,9 @@ def test_absent_page(guest: Guest) -> None:
 
 
 def test_unmapped_physical_address(guest: Guest) -> None:
-    guest.long_mode("mov eax, dword ptr [0x1f0000]; mov dword ptr [0x1f0008], 7; movsx ecx, byte ptr [0x1f0001]; vmmcall")
+    guest.long_mode(
+        "mov eax, dword ptr [0x1f0000]; mov dword ptr [0x1f0008], 7; movsx ecx, byte ptr [0x1f0001]; vmmcall"
+    )
     guest.poke(PT + 8 * 0x1F0, struct.pack("<Q", 0xD0000003))
     assert guest.run() == "memory_fault"
     fault = guest.exit.memory_fault
@@ -329,9 +331,7 @@ def test_code_that_somebody_else_changes(guest: Guest) -> None:
 
 
 def test_guest_that_changes_its_own_code(guest: Guest) -> None:
-    guest.long_mode(
-        """mov ebx, 0x200000; call rbx; mov byte ptr [rbx + 1], 7; call rbx; vmmcall"""
-    )
+    guest.long_mode("""mov ebx, 0x200000; call rbx; mov byte ptr [rbx + 1], 7; call rbx; vmmcall""")
     guest.poke(DATA, assemble("mov eax, 1; ret"))
     guest.run()
     assert guest.exit.registers.rax == 7

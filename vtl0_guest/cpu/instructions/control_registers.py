@@ -1,4 +1,4 @@
-"""MOV to and from control and debug registers, LMSW, SMSW, CLTS, XSETBV. Sources: Intel SDM volume 2; volume 3, 2.5, 17.2."""
+"""MOV to and from control and debug registers, LMSW, SMSW, CLTS, XSETBV (Intel SDM volume 2; volume 3, 2.5, 17.2)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Plain loads and stores that the core finishes itself: device registers in memory, and accesses answered elsewhere.
 
-MOV, MOVZX, MOVSX, MOVSXD and STOS without REP; AND, OR, XOR, ADD, SUB, TEST, CMP and XCHG on device registers. Everything
-else is an emulation failure (docs/limits.md).
+MOV, MOVZX, MOVSX, MOVSXD and STOS without REP; AND, OR, XOR, ADD, SUB, TEST, CMP and XCHG on device registers.
+Everything else is an emulation failure (docs/limits.md).
 """
 
 from __future__ import annotations
@@ -122,6 +122,6 @@ def _compute(
         else:
             write_register(environment, instruction.op0_register, result)
     flags = environment.rflags & ~_STATUS | carry | (overflow << 11)
-    flags |= (int(bin(result & 0xFF).count("1") % 2 == 0) << 2) | ((a ^ b ^ result) & 0x10)
+    flags |= (int((result & 0xFF).bit_count() % 2 == 0) << 2) | ((a ^ b ^ result) & 0x10)
     flags |= (int(result == 0) << 6) | ((result >> 8 * size - 1 & 1) << 7)
     environment.rflags = flags

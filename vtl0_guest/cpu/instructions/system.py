@@ -56,7 +56,7 @@ def hlt(context: Context, _instruction: Instruction) -> Operation | None:
 
 
 def hypercall(context: Context, instruction: Instruction) -> Operation | None:
-    """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, else #UD. Decorated forms are #UD as on hardware."""
+    """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, else #UD, as are forms with prefixes."""
     if context.environment.cpl or not context.environment.protected or instruction.len != 3:
         raise undefined_opcode()
 
