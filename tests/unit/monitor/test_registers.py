@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 
+import dill
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.unit.monitor import kernel_image as image
 from tests.unit.monitor.conftest import POLICY
 from tests.unit.monitor.vtl0 import CR0, CR4, Vtl0
+from vmm.launcher import _ship
 from vtl1_monitor import api
 from vtl1_monitor.judge import Verdict
 from vtlab.errors import BadArgument
@@ -225,3 +227,31 @@ def test_what_is_shipped_must_be_rules() -> None:
     assert api.load_rules(rule) == api.load_rules([rule]) == (rule,)
     with pytest.raises(BadArgument, match="rules: int is not"):
         api.load_rules([1])
+
+
+RULE_OF_A_SCRIPT = """
+from vmm.launcher import _ship
+from vtl1_monitor import api
+from vtlab.v1 import vcpu_pb2
+
+class Shipped(api.CodeRule):
+    name = "shipped"
+
+    def filter(self):
+        return vcpu_pb2.InterceptFilter(hlt=True)
+
+    def judge(self, exit_, verdict, machine):
+        return api.deny("by code")
+"""
+
+
+def test_a_rule_of_a_script_travels_with_what_it_uses() -> None:
+    """A class of __main__ goes by value; the modules that it uses go by name, generated messages included."""
+    script: dict[str, object] = {"__name__": "__main__"}
+    exec(RULE_OF_A_SCRIPT, script)
+    shipped = _ship([script["Shipped"]()])  # type: ignore[operator]
+    (rule,) = api.load_rules(dill.loads(shipped))
+    assert type(rule) is not script["Shipped"]
+    assert rule.filter().hlt
+    verdict = Verdict(api.commit(), "")
+    assert api.apply([rule], vcpu_pb2.Exit(), verdict, None).rule == "shipped"  # type: ignore[arg-type]
