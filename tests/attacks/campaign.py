@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vtlab.client import Lab
+from vtlab.client import Lab, Machine
 from vtlab.client.driver import GuestFault, GuestRefusal
 from vtlab.errors import VtlabError
+from vtlab.v1.vcpu_pb2 import ACTION_COMMIT
 from vtlab_attacks.evidence import Attack, Control, Evidence, Outcome
 from vtlab_attacks.guest import boot
 
@@ -23,6 +24,7 @@ class Result:
     Attributes:
         evidence: None if it could not be carried out; then `error` says why.
         seconds: from the machine's creation to its end.
+        verdicts: what VTL1 said of it, with the name of the rule.
     """
 
     entry: Attack | Control
@@ -30,6 +32,7 @@ class Result:
     evidence: Evidence | None
     error: str
     seconds: float
+    verdicts: tuple[str, ...] = ()
 
     @property
     def as_expected(self) -> bool:
@@ -87,15 +90,25 @@ class Summary:
         )
 
 
+def verdicts_on(lab: Lab, machine: Machine) -> tuple[str, ...]:
+    """VTL1's refusals on a machine, as "rule: why"."""
+    refused = [one for one in lab.policy.verdicts_so_far(machine) if one.resolution.action != ACTION_COMMIT]
+    reasons = [(one.rule, one.resolution.reason.removeprefix(f"{one.rule}: ")) for one in refused]
+    return tuple(dict.fromkeys(f"{rule}: {reason}" for rule, reason in reasons))
+
+
 def run_one(lab: Lab, attack: Attack, protected: bool) -> Result:
     """On a fresh machine. What goes wrong with the machine itself is part of the result."""
     started = time.monotonic()
+    evidence, error = None, ""
+    verdicts: tuple[str, ...] = ()
     try:
         with boot(lab, protected) as guest:
             evidence = attack.run(guest.machine, guest.driver, guest.symbols)
+            verdicts = verdicts_on(lab, guest.machine) if protected else ()
     except BROKEN as problem:
-        return Result(attack, protected, None, str(problem), time.monotonic() - started)
-    return Result(attack, protected, evidence, "", time.monotonic() - started)
+        error = str(problem)
+    return Result(attack, protected, evidence, error, time.monotonic() - started, verdicts)
 
 
 def run_controls(lab: Lab, controls: Sequence[Control]) -> Iterator[Result]:

@@ -11,7 +11,7 @@ from vtlab.hyperv.status import HvStatus
 from vtlab.services import Service
 from vtlab.x86.registers import Cr0
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, observe
-from vtlab_attacks.state import PAGE, direct, memory, register, show_bytes
+from vtlab_attacks.state import PAGE, direct, memory, register, show_bytes, show_rights
 
 PARTITION_SELF = 0xFFFFFFFFFFFFFFFF
 VP_SELF = 0xFFFFFFFE
@@ -32,6 +32,7 @@ NEEDS_VTL1 = "VTL1 is not enabled, so there is nothing to relax"
 
 def read_secret(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     mailbox = symbols["driver_mailbox"]
+    driver.write_bytes(mailbox, bytes(SECRET_SIZE))
 
     def steps(attempts: Attempts) -> None:
         attempts.step(driver.copy, mailbox, symbols["vtl1_memory"], SECRET_SIZE)
@@ -122,8 +123,8 @@ def vmsave(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
         *(1 << n for n in range(26, 40, 2)),
     ]
 
-    def state() -> tuple[bytes | None, bytes]:
-        return memory(machine, text + 0x440, 64), machine.translate(symbols["text_start"]).access.SerializeToString()
+    def state() -> tuple[bytes | None, str]:
+        return memory(machine, text + 0x440, 64), show_rights(machine.translate(symbols["text_start"]).access)
 
     def steps(attempts: Attempts) -> None:
         for target in targets:
@@ -134,7 +135,7 @@ def vmsave(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
         state,
         steps,
         symbols,
-        show=lambda seen: f"{(seen[0] or b'')[:4].hex(' ')}…, {seen[1].hex()}",
+        show=lambda seen: f"{show_bytes(seen[0] and seen[0][:4])}…, {seen[1]}",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vtlab.client.machine import Machine
 from vtlab.errors import NotFound, Refused
+from vtlab.v1.vcpu_pb2 import PageAccess
 
 DIRECT_MAP = 0xFFFF888000000000
 KERNEL_VMA = 0xFFFFFFFF80000000
@@ -51,6 +52,12 @@ def show_bytes(data: bytes | None) -> str:
     if len(text) >= 4 and all(32 <= byte < 127 for byte in text):
         return repr(text.decode())
     return data.hex(" ")
+
+
+def show_rights(access: PageAccess) -> str:
+    """VTL0's rights on a page by the nested table: "r-x"; kernel and user execution are one letter."""
+    execute = access.kernel_execute or access.user_execute
+    return ("r" if access.read else "-") + ("w" if access.write else "-") + ("x" if execute else "-")
 
 
 def entry_gpa(machine: Machine, address: int) -> int:

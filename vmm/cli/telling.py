@@ -25,6 +25,8 @@ ROLES = {
 }
 OUTCOMES = {Outcome.SUCCEEDED: "SUCCEEDED", Outcome.BLOCKED: "BLOCKED", Outcome.UNCLEAR: "UNCLEAR"}
 
+SHOWN_VERDICTS = 2  # of one attack
+
 
 class Teller(Protocol):
     """Gets what happens, in the order in which it happens."""
@@ -108,6 +110,7 @@ def _record(result: Result) -> dict[str, Any]:
         "after": evidence.after,
         "changed": evidence.changed,
         "denial": evidence.denial,
+        "verdicts": list(result.verdicts),
     }
 
 
@@ -168,6 +171,8 @@ class ConsoleTeller:
         self._line(f"{mark} [bold]{entry.name}[/]  {escape(entry.sentence)}")
         for result in results:
             self._line(_side(result))
+            for verdict in result.verdicts[:SHOWN_VERDICTS]:
+                self._line(f"    [dim]rule of VTL1             {escape(verdict)}[/]")
         if isinstance(entry, Attack) and entry.impossible_unprotected and not all(r.protected for r in results):
             self._line(f"    [dim]impossible without VTL1 too: {escape(entry.impossible_unprotected)}[/]")
         self._progress.update(self._progress.task_ids[0], advance=1, description=entry.name)
