@@ -18,8 +18,8 @@ SHOWN = 3  # denials told one by one
 class Outcome(Enum):
     """Of an attack."""
 
-    SUCCEEDED = "succeeded"  # the state changed
-    BLOCKED = "blocked"  # the state did not change, and the guest took a fault or was refused
+    SUCCEEDED = "succeeded"  # the state is what the attack aimed at
+    BLOCKED = "blocked"  # the state is what it was, and the guest took a fault or was refused
     UNCLEAR = "unclear"  # neither: no evidence
 
 
@@ -30,26 +30,28 @@ class Evidence:
     Attributes:
         what: which state, in the words of the manuals.
         before, after: that state, read through the SDK.
-        changed: the operation reached its aim, by comparison of that state.
+        reached: that state is what the operation aimed at.
+        intact: that state is what it was.
         denial: the fault that the guest took, or the refusal that it got; empty if there was none.
     """
 
     what: str
     before: str
     after: str
-    changed: bool
+    reached: bool
+    intact: bool
     denial: str = ""
 
     @property
     def outcome(self) -> Outcome:
-        if self.changed:
+        if self.reached:
             return Outcome.SUCCEEDED
-        return Outcome.BLOCKED if self.denial else Outcome.UNCLEAR
+        return Outcome.BLOCKED if self.intact and self.denial else Outcome.UNCLEAR
 
     @property
     def kept(self) -> bool:
         """For a control: it had its effect and nobody objected."""
-        return self.changed and not self.denial
+        return self.reached and not self.denial
 
 
 Run = Callable[[Machine, Driver, Symbols], Evidence]
@@ -139,4 +141,4 @@ def observe(
     shown_before = show(before)
     steps(attempts)
     after = state()
-    return Evidence(what, shown_before, show(after), reached(before, after), str(attempts))
+    return Evidence(what, shown_before, show(after), reached(before, after), before == after, str(attempts))

@@ -108,7 +108,8 @@ def _record(result: Result) -> dict[str, Any]:
         "state": evidence.what,
         "before": evidence.before,
         "after": evidence.after,
-        "changed": evidence.changed,
+        "reached": evidence.reached,
+        "intact": evidence.intact,
         "denial": evidence.denial,
         "verdicts": list(result.verdicts),
     }

@@ -17,9 +17,9 @@ POSSIBLE = Attack("a", "does", "somebody", RUN)
 IMPOSSIBLE = Attack("b", "does", "somebody", RUN, "no VTL1")
 CONTROL = Control("c", "does", RUN)
 
-CHANGED = Evidence("x", "0", "1", True)
-BLOCKED = Evidence("x", "0", "0", False, "#GP(0x0)")
-UNCLEAR = Evidence("x", "0", "0", False)
+CHANGED = Evidence("x", "0", "1", True, False)
+BLOCKED = Evidence("x", "0", "0", False, True, "#GP(0x0)")
+UNCLEAR = Evidence("x", "0", "0", False, True)
 
 GOOD = [
     Result(POSSIBLE, False, CHANGED, "", 0.1),

@@ -11,21 +11,24 @@ from vtlab_attacks.guest import kernel_symbols, modules
 
 
 @pytest.mark.parametrize(
-    ("changed", "denial", "outcome"),
+    ("reached", "intact", "denial", "outcome"),
     [
-        (True, "", Outcome.SUCCEEDED),
-        (True, "#GP(0x0)", Outcome.SUCCEEDED),
-        (False, "#GP(0x0)", Outcome.BLOCKED),
-        (False, "", Outcome.UNCLEAR),
+        (True, False, "", Outcome.SUCCEEDED),
+        (True, False, "#GP(0x0)", Outcome.SUCCEEDED),
+        (True, True, "#GP(0x0)", Outcome.SUCCEEDED),  # as it was, and that is what the attack wants
+        (False, True, "#GP(0x0)", Outcome.BLOCKED),
+        (False, True, "", Outcome.UNCLEAR),
+        (False, False, "#GP(0x0)", Outcome.UNCLEAR),  # damaged, if not as intended
+        (False, False, "", Outcome.UNCLEAR),
     ],
 )
-def test_outcome(changed: bool, denial: str, outcome: Outcome) -> None:
-    assert Evidence("CR0.WP", "1", "?", changed, denial).outcome is outcome
+def test_outcome(reached: bool, intact: bool, denial: str, outcome: Outcome) -> None:
+    assert Evidence("CR0.WP", "1", "?", reached, intact, denial).outcome is outcome
 
 
-@pytest.mark.parametrize(("changed", "denial", "kept"), [(True, "", True), (False, "", False), (True, "#GP", False)])
-def test_a_control_is_kept_only_without_objection(changed: bool, denial: str, kept: bool) -> None:
-    assert Evidence("CR0.TS", "0", "1", changed, denial).kept is kept
+@pytest.mark.parametrize(("reached", "denial", "kept"), [(True, "", True), (False, "", False), (True, "#GP", False)])
+def test_a_control_is_kept_only_without_objection(reached: bool, denial: str, kept: bool) -> None:
+    assert Evidence("CR0.TS", "0", "1", reached, not reached, denial).kept is kept
 
 
 def test_attempts_remember_every_refusal_and_name_the_place() -> None:
@@ -63,7 +66,7 @@ def test_observe_reads_the_state_around_the_steps() -> None:
         attempts.step(lambda: state.append(0))
 
     evidence = observe("bit", lambda: state[-1], steps, kernel_symbols())
-    assert (evidence.before, evidence.after, evidence.changed, evidence.denial) == ("1", "0", True, "")
+    assert evidence == Evidence("bit", "1", "0", reached=True, intact=False)
 
 
 def test_modules_differ_where_they_should() -> None:
