@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +15,7 @@ from vmm.events import EventLog
 from vmm.images import ImageStore
 from vmm.level import Level
 from vmm.machine import Machine
-from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported
+from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported, VtlabError
 from vtlab.v1.vmm_pb2 import MachineSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -55,6 +57,7 @@ class Machines:
         try:
             guest = self._dial(0)
             monitor = self._dial(1) if spec.vtl1 else None
+            self._clear_leftovers([guest, monitor] if monitor else [guest])
             folder = self._directory / vm
             machine = Machine(vm, spec, folder, self.images, guest, monitor, EventLog(vm, self._numbers))
             with self._lock:
@@ -63,6 +66,16 @@ class Machines:
             with self._lock:
                 self._creating = None
         return machine
+
+    def _clear_leftovers(self, levels: list[Level]) -> None:
+        """A VMM that was killed leaves a folder; the levels let go of the machine that it names."""
+        if not self._directory.exists():
+            return
+        for folder in self._directory.iterdir():
+            for level in levels:
+                with suppress(VtlabError):
+                    level.detach(folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def get(self, vm: str) -> Machine:
         """Raises NotFound."""

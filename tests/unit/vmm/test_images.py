@@ -120,6 +120,18 @@ def test_a_failed_create_frees_the_levels(tmp_path: Path) -> None:
     machines.close()
 
 
+def test_what_a_killed_vmm_left_is_cleared(tmp_path: Path) -> None:
+    log: list[str] = []
+    left = tmp_path / "machines" / "old"
+    left.mkdir(parents=True)
+    (left / "ram.rw").write_bytes(b"old")
+    machines = Machines(tmp_path, lambda vtl: FakeLevel(vtl, log))
+    machines.create("new", good(machines))
+    assert not left.exists()
+    assert log[:2] == ["detach 0", "attach 0 1"]
+    machines.close()
+
+
 def test_more_vcpus_are_not_offered_yet(machines: Machines) -> None:
     with pytest.raises(Unsupported, match="2"):
         machines.create("a", good(machines, vp_count=2))
