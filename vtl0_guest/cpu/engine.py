@@ -93,6 +93,7 @@ class Engine:
         self._mailbox = (ctypes.c_char * native_hooks.MAILBOX_SIZE)()
         self.mailbox = memoryview(self._mailbox).cast("B")
         self.mailbox_words = self.mailbox.cast("I")
+        self._mailbox_halves = self.mailbox.cast("H")
         self._mailbox_quads = self.mailbox.cast("Q")
         self._hooks = native_hooks.NativeHooks(found.processor, found.environment)
         self._tlb_flush_page = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)(
@@ -220,7 +221,6 @@ class Engine:
         raise EngineUnsupported("Unicorn engine: VMRUN did not reach the probe")
 
     def _open_guards(self, rip: int) -> None:
-        self._mailbox_quads[native_hooks.BUDGET // 8] = native_hooks.UNLIMITED
         self.arm_guards()
         self.words[layout.RIP // 8] = rip
 
@@ -317,16 +317,17 @@ class Engine:
 
     def set_pending(self, waiting: bool) -> None:
         """Makes `run` return at the first block where an interrupt can be taken. From any thread."""
-        self.mailbox_words[native_hooks.PENDING // 4] = int(waiting)
+        self._mailbox_halves[native_hooks.PENDING // 2] = int(waiting)
 
     @property
     def pending(self) -> bool:
         """An interrupt may wait."""
-        return bool(self.mailbox_words[native_hooks.PENDING // 4])
+        return bool(self._mailbox_halves[native_hooks.PENDING // 2])
 
-    def set_budget(self, blocks: int) -> None:
-        """Blocks that `run` may start before it returns BUDGET_SPENT."""
-        self._mailbox_quads[native_hooks.BUDGET // 8] = blocks
+    def set_budget(self, blocks: int | None) -> None:
+        """Blocks that `run` may start before it returns BUDGET_SPENT; None for no limit. Only while not running."""
+        self._mailbox_quads[native_hooks.BUDGET // 8] = blocks or 0
+        self._mailbox_halves[native_hooks.COUNTING // 2] = blocks is not None
 
     # ----------------------------------------------------------------------------------------------- translation
 

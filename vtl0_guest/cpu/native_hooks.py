@@ -21,7 +21,8 @@ from vtl0_guest.cpu.unicorn_library import EngineUnsupported, address_of
 
 # Mailbox: byte offsets of its words.
 STOP = 0  # u32, set by any thread: stop at the next block
-PENDING = 4  # u32, set by any thread: an interrupt waits; stop at the first block where it can be taken
+PENDING = 4  # u16, set by any thread: an interrupt waits; stop at the first block where it can be taken
+COUNTING = 6  # u16: BUDGET counts
 BUDGET = 8  # i64, blocks left before the turn ends
 REASON = 16  # u32, Reason
 DETAIL = 20  # u32: exit number, or port
@@ -33,8 +34,6 @@ GUARD_TR = 56  # u64: TR base likewise
 CPL_MASK = 64  # u32: 3 if the nested roots of user and kernel differ, else 0
 CPL_EXPECTED = 68  # u32: hidden flags under CPL_MASK for which the present root holds
 MAILBOX_SIZE = 72
-
-UNLIMITED = (1 << 63) - 1
 
 
 class Reason(IntEnum):
@@ -151,44 +150,54 @@ class NativeHooks:
 
 
 def _block_code(environment: int, stop: bytes) -> bytes:
-    """(uc, rsi address, edx size, rcx mailbox), run at the start of every block: tests that fall through.
+    """(uc, rsi address, edx size, rcx mailbox), run at the start of every block: what it costs, every block costs.
 
-    The window test reads RFLAGS.IF and the interrupt shadow in place. CR3 and TR are compared because a hardware task
-    switch changes them without an exit.
+    One comparison covers all that another thread or the core may ask for; the rest is two guards. CR3 and TR are
+    compared because a hardware task switch changes them without an exit, CPL because the nested roots may differ. The
+    window test reads RFLAGS.IF and the interrupt shadow in place.
     """
 
-    def load(offset: int) -> bytes:
-        return b"\x49\x8b\x82" + struct.pack("<i", offset)  # mov rax, [r10 + offset]
+    def field(opcode: str, offset: int) -> bytes:
+        return bytes.fromhex(opcode) + struct.pack("<i", offset)  # an instruction on [r10 + offset]
 
     def test(offset: int, mask: int) -> bytes:
-        return b"\x41\xf7\x82" + struct.pack("<iI", offset, mask)  # test dword [r10 + offset], mask
+        return field("41f782", offset) + struct.pack("<I", mask)  # test dword [r10 + offset], mask
 
     def end(reason: Reason) -> bytes:
         return _reason("c741", reason) + stop
 
     tr_base = layout.SEGMENTS + 7 * layout.SEGMENT_SIZE + 8
+    guards = [
+        _movabs(_R10, environment),
+        field("498b82", layout.CR + 3 * 8),  # mov rax, [r10 + CR3]
+        _store(GUARD_CR3, "483341"),  # xor rax, [rcx + GUARD_CR3]
+        field("498b92", tr_base),  # mov rdx, [r10 + TR base]
+        _store(GUARD_TR, "483351"),  # xor rdx, [rcx + GUARD_TR]
+        b"\x48\x09\xd0",  # or rax, rdx
+        _Jump(_JNE, "switched"),
+        field("418b92", layout.HIDDEN_FLAGS),  # mov edx, [r10 + hidden flags]
+        _store(CPL_MASK, "2351"),  # and edx, [rcx + CPL_MASK]
+        _store(CPL_EXPECTED, "3351"),  # xor edx, [rcx + CPL_EXPECTED]
+        _Jump(_JNE, "root"),
+    ]
     return _link(
         [
-            b"\x83\x39\x00",  # cmp dword [rcx + STOP], 0
-            _Jump(_JNE, "asked"),
-            _store(BUDGET, "48ff49"),  # dec qword [rcx + BUDGET]
-            _Jump(_JS, "spent"),
-            _movabs(_R10, environment),
-            load(layout.CR + 3 * 8),
-            _store(GUARD_CR3, "483941"),  # cmp [rcx + GUARD_CR3], rax
-            _Jump(_JNE, "switched"),
-            load(tr_base),
-            _store(GUARD_TR, "483941"),
-            _Jump(_JNE, "switched"),
-            load(layout.HIDDEN_FLAGS),
-            _store(CPL_MASK, "2341"),  # and eax, [rcx + CPL_MASK]
-            _store(CPL_EXPECTED, "3941"),  # cmp [rcx + CPL_EXPECTED], eax
-            _Jump(_JNE, "root"),
-            _store(PENDING, "8379") + b"\x00",  # cmp dword [rcx + PENDING], 0
-            _Jump(_JNE, "window"),
+            _store(STOP, "488379") + b"\x00",  # cmp qword [rcx + STOP], 0: STOP, PENDING and COUNTING
+            _Jump(_JNE, "attention"),
+            *guards,
             "return",
             b"\xc3",
-            "window",
+            "attention",
+            _store(STOP, "8379") + b"\x00",  # cmp dword [rcx + STOP], 0
+            _Jump(_JNE, "asked"),
+            _store(COUNTING, "668379") + b"\x00",  # cmp word [rcx + COUNTING], 0
+            _Jump(_JE, "uncounted"),
+            _store(BUDGET, "48ff49"),  # dec qword [rcx + BUDGET]
+            _Jump(_JS, "spent"),
+            "uncounted",
+            *guards,
+            _store(PENDING, "668379") + b"\x00",  # cmp word [rcx + PENDING], 0
+            _Jump(_JE, "return"),
             test(layout.RFLAGS, 0x200),
             _Jump(_JE, "return"),
             test(layout.HIDDEN_FLAGS, 0x8),

@@ -18,7 +18,7 @@ from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdo
 from vtl0_guest.cpu.gates import Event
 from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
 from vtl0_guest.cpu.instructions.table import TABLE
-from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
+from vtl0_guest.cpu.native_hooks import Reason
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
 from vtl0_guest.cpu.vmcb import ExitCode
@@ -319,7 +319,7 @@ class Processor:
 
     def _on_budget_spent(self) -> Operation | None:
         """The block of an IRET that ends an NMI's handler is over."""
-        self._engine.set_budget(UNLIMITED)
+        self._engine.set_budget(None)
         self._nmi_blocked = False
         self._engine.set_pending(True)
         return None
