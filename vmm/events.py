@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -51,23 +52,31 @@ class _Entry(NamedTuple):
     weight: int
 
 
+# An _Entry as it is recorded: making a named tuple of it costs as much as all else, so that waits for a reader.
+_Record = tuple[int, int, int, int, int, Any, int]
+
+
 class _Ring:
     """The last entries of one kind. `first` is the position of the oldest kept one, counted from the start."""
 
     def __init__(self, capacity: int, weight: int) -> None:
-        self.entries: deque[_Entry] = deque()
+        self.entries: deque[_Record] = deque()
         self.first = 0
         self.last_dropped = 0
         self._capacity = capacity
         self._weight = weight
         self._used = 0
 
-    def append(self, entry: _Entry) -> None:
+    def append(self, record: _Record) -> None:
+        self.entries.append(record)
+        self._used += record[-1]
+        if self._used > self._weight or len(self.entries) > self._capacity:
+            self._drop()
+
+    def _drop(self) -> None:
         entries = self.entries
-        entries.append(entry)
-        self._used += entry.weight
         while len(entries) > self._capacity or (self._used > self._weight and len(entries) > 1):
-            dropped = entries.popleft()
+            dropped = _Entry(*entries.popleft())
             self._used -= dropped.weight
             self.first += 1
             self.last_dropped = dropped.sequence
@@ -105,10 +114,11 @@ class EventLog:
         """
         with self._lock:
             self._rings[kind].append(
-                _Entry(next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)
+                (next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)
             )
-            for waiting in self._waiting[kind]:
-                waiting.set()
+            if self._waiting[kind]:
+                for waiting in self._waiting[kind]:
+                    waiting.set()
 
     def close(self) -> None:
         """Readers get what there is, then end."""
@@ -162,7 +172,7 @@ class EventLog:
     def _position(ring: _Ring, from_sequence: int) -> int:
         """Where a reader starts in a ring. It may lie before the oldest kept entry: those are then lost to it."""
         if from_sequence == 0 or from_sequence > ring.last_dropped:
-            return ring.first + bisect_left(ring.entries, from_sequence, key=lambda entry: entry.sequence)
+            return ring.first + bisect_left(ring.entries, from_sequence, key=itemgetter(0))
         return max(0, ring.first - (ring.last_dropped - from_sequence + 1))
 
     def _take(self, positions: dict[int, int]) -> tuple[list[tuple[int, _Entry]], int, bool]:
@@ -174,7 +184,7 @@ class EventLog:
                 ring = self._rings[kind]
                 lost += max(0, ring.first - position)
                 skip = max(0, position - ring.first)
-                batch += [(kind, entry) for entry in itertools.islice(ring.entries, skip, None)]
+                batch += [(kind, _Entry(*record)) for record in itertools.islice(ring.entries, skip, None)]
                 positions[kind] = ring.first + len(ring.entries)
             closed = self._closed
         batch.sort(key=lambda item: item[1].sequence)

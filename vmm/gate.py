@@ -34,7 +34,7 @@ class Gate:
     def __init__(self, vp_count: int, kick: Callable[[int, int], object]) -> None:
         """:param kick: makes the guest leave (vp_index, sequence) soon; must not block for long."""
         self._kick = kick
-        self._condition = threading.Condition()
+        self._condition = threading.Condition(threading.Lock())
         self._places = [Place.BUSY] * vp_count
         self._sequences = [0] * vp_count
         self._holds = 0

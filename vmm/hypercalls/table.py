@@ -62,10 +62,10 @@ class Hypercalls:
 
     def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: abi.Request) -> int:
         """The result value. Never raises for anything that a guest can put into a call."""
-        value = abi.decode(request)
-        row = self._rows.get(value.code)
+        row = self._rows.get(request.value & 0xFFFF)
         if row is None:
             return encode_result(HvStatus.INVALID_HYPERCALL_CODE)
+        value = abi.decode(request)
         shape = row.shape
         status = abi.check_input_value(value, shape, strict_reserved=self._profile.strict_reserved)
         if status:
