@@ -34,9 +34,9 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 def image() -> Path:
     """The guest to boot."""
-    from vtl0_guest.kernels import selfguard
+    from vtl0_guest.kernels import selfguard_image
 
-    return selfguard()
+    return selfguard_image()
 
 
 @pytest.fixture

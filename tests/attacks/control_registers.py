@@ -91,6 +91,17 @@ def call_removed_writer(machine: Machine, driver: Driver, symbols: Symbols) -> E
     )
 
 
+def debugger_cr4(machine: Machine, _driver: Driver, symbols: Symbols) -> Evidence:
+    """Not the guest but a client of the VMM, which is judged like the guest."""
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(machine.set_registers, {"cr4": register(machine, "cr4") & ~Cr4.SMEP})
+
+    return observe(
+        "CR4.SMEP", lambda: int(bool(register(machine, "cr4") & Cr4.SMEP)), steps, symbols, lambda _, after: not after
+    )
+
+
 PINNED = {0: int(Cr0.WP), 4: int(Cr4.SMEP | Cr4.SMAP | Cr4.UMIP)}
 # Source registers of MOV to CR that the driver's call fills: RAX RCX RDX, RSI RDI.
 FILLED = {0, 1, 2, 6, 7}
@@ -161,5 +172,11 @@ ATTACKS = [
         "Looks for 0F 22 at every byte offset of executable memory and tries each",
         "Shacham 2007, unintended instructions",
         scan,
+    ),
+    Attack(
+        "debugger-cr4",
+        "Clears CR4.SMEP from outside, as the VMM's client",
+        "Heki thread (Christopherson 2023): should userspace be able to overwrite pinned registers",
+        debugger_cr4,
     ),
 ]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 from typing import Any
 
 from vtlab.client.driver import Driver, GuestFault, GuestRefusal
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
 from vtlab.errors import Refused
-
-SHOWN = 3  # denials told one by one
 
 
 class Outcome(Enum):
@@ -115,9 +114,9 @@ class Attempts:
         return str(fault).replace(f"at {fault.rip:#x}", f"at {self._symbols.describe(fault.rip)}")
 
     def __str__(self) -> str:
-        """What the guest took, step by step; many in a row as their number."""
-        shown = self.denials[:SHOWN] + ([f"and {len(self.denials) - SHOWN} more"] if self.denials[SHOWN:] else [])
-        return "; ".join(shown)
+        """What the guest took, step by step; the same again as a number of times."""
+        runs = [(denial, len(list(same))) for denial, same in groupby(self.denials)]
+        return "; ".join(denial if count == 1 else f"{denial} (×{count})" for denial, count in runs)
 
 
 def observe(

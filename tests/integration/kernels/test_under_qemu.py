@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vtl0_guest.kernels import selfguard, signed_module
+from vtl0_guest.kernels import selfguard_image, signed_module
 
 QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = pytest.mark.skipif(QEMU is None, reason="no qemu-system-x86_64")
@@ -28,7 +28,7 @@ def com2(tmp_path: Path) -> Iterator[socket.socket]:
     listener.settimeout(BOUND)
     command = [
         *(str(QEMU), "-cpu", "max", "-m", "64", "-display", "none", "-no-reboot", "-nodefaults"),
-        *("-kernel", str(selfguard()), "-initrd", f"{signed_module()} good", "-append", "heki=0"),
+        *("-kernel", str(selfguard_image()), "-initrd", f"{signed_module()} good", "-append", "heki=0"),
         *("-serial", f"file:{tmp_path / 'com1'}", "-serial", f"unix:{tmp_path / 'com2'}"),
     ]
     with subprocess.Popen(command) as qemu, listener:

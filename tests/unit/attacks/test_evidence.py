@@ -50,13 +50,17 @@ def test_attempts_remember_every_refusal_and_name_the_place() -> None:
     assert not attempts.step(client)
     attempts.note("")
     attempts.note("HV_STATUS_ACCESS_DENIED")
+    attempts.note("HV_STATUS_ACCESS_DENIED")
     assert attempts.denials == [
         "#GP(0x0) at gadget_mov_cr4",
         "refused -EACCES",
         "client refused: is sealed",
         "HV_STATUS_ACCESS_DENIED",
+        "HV_STATUS_ACCESS_DENIED",
     ]
-    assert str(attempts) == "#GP(0x0) at gadget_mov_cr4; refused -EACCES; client refused: is sealed; and 1 more"
+    assert str(attempts) == (
+        "#GP(0x0) at gadget_mov_cr4; refused -EACCES; client refused: is sealed; HV_STATUS_ACCESS_DENIED (×2)"
+    )
 
 
 def test_observe_reads_the_state_around_the_steps() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from vtl0_guest.kernels import selfguard, signed_module, unsigned_module
+from vtl0_guest.kernels import selfguard_image, signed_module, unsigned_module
 from vtl0_guest.kernels.selfguard import build
 from vtl1_monitor.policy import schema
 from vtlab.services import MODULE_SIGNATURE, MODULE_SIGNATURE_MAGIC, PKEY_ID_PKCS7, Service
@@ -27,21 +27,21 @@ def test_rebuilding_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def section_bytes(name: str) -> bytes:
-    with selfguard().open("rb") as stream:
+    with selfguard_image().open("rb") as stream:
         section = ELFFile(stream).get_section_by_name(name)
         assert section is not None, name
         return bytes(section.data())
 
 
 def test_the_file_is_the_memory_image() -> None:
-    build.check(selfguard())
+    build.check(selfguard_image())
 
 
 def test_every_section_that_the_policy_names_owns_whole_pages() -> None:
     import yaml
 
     policy = schema.Policy.model_validate(yaml.safe_load((build.SOURCE / "policy.yaml").read_text()))
-    with selfguard().open("rb") as stream:
+    with selfguard_image().open("rb") as stream:
         elf = ELFFile(stream)
         for rule in policy.memory:
             if rule.section is None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.monitor import kernel_image as image
 from tests.unit.monitor.conftest import POLICY
-from vtl0_guest.kernels import selfguard
+from vtl0_guest.kernels import selfguard_image
 from vtl1_monitor import rights
 from vtl1_monitor.policy.image import BootImage
 from vtl1_monitor.policy.problems import PolicyProblems
@@ -142,7 +142,7 @@ def test_a_flat_image_has_no_sections() -> None:
 
 def test_the_policy_of_our_own_guest() -> None:
     """It resolves against its image, and says what the guest's page tells."""
-    kernel = selfguard()
+    kernel = selfguard_image()
     policy = kernel.with_name("policy.yaml").read_bytes()
     rules = resolve(parse(policy, "policy.yaml"), BootImage(kernel.read_bytes(), "selfguard"), 64 << 20, None)
     lines = render(rules)

@@ -37,5 +37,5 @@ static void perform(void *argument) {
 s64 driver_request(struct driver_request *request) {
     if (request->operation > DRIVER_CALL || (request->operation <= DRIVER_WRITE && request->size > 8))
         return -EINVAL;
-    return guarded_call(perform, request) ? -EFAULT : 0;
+    return guarded_call(perform, request) ? -EFAULTED : 0;
 }

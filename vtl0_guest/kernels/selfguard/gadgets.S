@@ -20,4 +20,9 @@ driver_checksum: /* (value) -> value, stirred */
     stir gadget_lidt, 0xC31F010F    /* lidt (%rdi); ret */
     stir gadget_vmsave, 0xC3DB010F  /* vmsave %rax; ret */
     stir gadget_wrmsr, 0xC3C3300F   /* wrmsr; ret */
+    .byte 0x48, 0xB9 /* movabs $immediate, %rcx */
+    .globl gadget_pivot
+gadget_pivot:
+    .byte 0x48, 0x89, 0xC4, 0x0F, 0x0B, 0x90, 0x90, 0x90 /* mov %rax, %rsp; ud2 */
+    xor %rcx, %rax
     ret

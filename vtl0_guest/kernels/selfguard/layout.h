@@ -35,3 +35,4 @@
 #define EFAULT 14
 #define EINVAL 22
 #define ENOSYS 38
+#define EFAULTED 512 /* no errno: the operation took a fault, which SYS_LAST_FAULT tells */

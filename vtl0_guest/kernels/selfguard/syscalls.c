@@ -137,5 +137,5 @@ s64 syscall(u64 a, u64 b, u64 c, u64 d, u64 number) {
     if (number < SYS_MODULE)
         return table[number](a, b, c, d);
     struct request request = {a, b, c, d, number, 0};
-    return guarded_call(dispatch, &request) ? -EFAULT : request.result;
+    return guarded_call(dispatch, &request) ? -EFAULTED : request.result;
 }

@@ -67,7 +67,7 @@ static void put_ok(u64 value) {
 }
 
 static void put_status(s64 status) {
-    if (status == -EFAULT) {
+    if (status == -EFAULTED) {
         put_fault();
     } else if (status < 0 && status > -4096) {
         put("error errno=");
