@@ -19,6 +19,7 @@ from tests.bench.measure import Figure
 from vmm.launcher import launch
 
 LIBRARIES = ("unicorn", "grpcio", "protobuf")
+WIDTH = 160  # columns of the table where it does not go to a terminal
 WORDS = {True: "[green]pass[/]", False: "[red]miss[/]", None: ""}
 
 
@@ -39,7 +40,7 @@ def main() -> int:
                 for figure in MEASUREMENTS[name](setting):
                     figures.append(figure)
                     progress.print(f"{figure.name}: {figure.median:.4g} {figure.unit}", style="dim", highlight=False)
-    Console().print(table(figures))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(report(figures), indent=2) + "\n")
     return int(arguments.strict and any(figure.passed is False for figure in figures))

@@ -130,36 +130,72 @@ def build(body: str, rounds: int, prologue: str = "", data: bytes = b"") -> Flat
     return FlatImage(bytes(image.ljust(DATA - LOAD, b"\0") + data), rounds)
 
 
-# Integer arithmetic, branches, calls and the stack; one page of code, one of data.
-COMPUTE = """
-mov rcx, 600000
+def _quarter_round(a: str, b: str, c: str, d: str) -> str:
+    """Of ChaCha (RFC 8439, section 2.1)."""
+    steps = ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7))
+    return "".join(f"add {x}, {y}\nxor {z}, {x}\nrol {z}, {bits}\n" for x, y, z, bits in steps)
+
+
+# A cipher: rounds of ChaCha on eight registers, with a table lookup and a store; blocks of about thirty instructions.
+COMPUTE = f"""
+mov rcx, 400000
+mov rdi, {WINDOW}
+mov eax, 0x61707865
+mov ebx, 0x3320646e
+mov edx, 0x79622d32
+mov esi, 0x6b206574
+mov r8d, 1
+mov r9d, 2
+mov r10d, 3
+mov r11d, 4
+compute_loop:
+{_quarter_round("eax", "ebx", "edx", "esi")}
+{_quarter_round("r8d", "r9d", "r10d", "r11d")}
+mov ebp, eax
+and ebp, 0xFFF
+add r8d, [rdi + rbp]
+mov [rdi + rbp], r10d
+dec rcx
+jnz compute_loop
+"""
+
+# Branches, calls and the stack, about four instructions a block: what the core's hook at each block weighs most on.
+BRANCHES = """
+mov rcx, 500000
 mov rax, 1
 mov rbx, 0x9E3779B97F4A7C15
-compute_loop:
+branch_loop:
 imul rax, rbx
 xor rax, rcx
 rol rax, 13
 test al, 1
-jz compute_even
+jz branch_even
 add rax, rcx
-compute_even:
+shr rax, 3
+branch_even:
 push rax
-call compute_leaf
+call branch_leaf
 pop rdx
 add rax, rdx
 dec rcx
-jnz compute_loop
-jmp compute_done
-compute_leaf:
-lea rax, [rax + rax*2 + 7]
+jnz branch_loop
+jmp branch_done
+branch_leaf:
+mov rsi, rax
+shl rsi, 7
+sub rsi, rax
+xor rsi, rbx
+lea rax, [rsi + rsi*2 + 7]
+bswap rax
 ret
-compute_done:
+branch_done:
 """
 
-# Copies a quarter of the window, 8 bytes at a time, then touches every page of it in a scattered order.
+# Copies 4 MiB by 8 bytes (2,048 pages, one after the other), then increments words all over 1 MiB. Source and target
+# do not share sets of the engine's direct-mapped TLB.
 MEMORY = f"""
 mov rsi, {WINDOW}
-mov rdi, {WINDOW + WINDOW_SIZE // 2}
+mov rdi, {WINDOW + WINDOW_SIZE // 2 + 0x5_5000}
 mov rcx, {WINDOW_SIZE // 4 // 8}
 copy_loop:
 mov rax, [rsi]
@@ -169,12 +205,24 @@ add rsi, 8
 add rdi, 8
 dec rcx
 jnz copy_loop
-mov rcx, {WINDOW_SIZE // 4096 * 4}
+mov rcx, 500000
 xor ebx, ebx
-touch_loop:
-add rbx, {0x5A5 << 12 | 0x40}
+scatter_loop:
+add rbx, 0x5040
+and rbx, 0xFFFFF
+add qword ptr [rbx + {WINDOW}], 1
+dec rcx
+jnz scatter_loop
+"""
+
+# Every access is to another page of 16 MiB, so that each one walks the page tables: nothing but the walker's work.
+WALKS = f"""
+mov rcx, 200000
+xor ebx, ebx
+walk_loop:
+add rbx, 0x5A5040
 and rbx, {WINDOW_SIZE - 1}
 add qword ptr [rbx + {WINDOW}], 1
 dec rcx
-jnz touch_loop
+jnz walk_loop
 """
