@@ -33,7 +33,7 @@ from unicorn.x86_const import (
     UC_X86_REG_RAX,
 )
 
-from vtl0_guest.cpu import layout, native_hooks, nested_walk_fix, vmcb
+from vtl0_guest.cpu import engine_fixes, layout, native_hooks, vmcb
 from vtl0_guest.cpu.nested import HIDDEN_BASE, NESTED_BASE, REGION_SHIFT, NestedTable
 from vtl0_guest.cpu.unicorn_library import CTL_TB_FLUSH, CTL_TLB_FLUSH, EngineUnsupported, address_of, library
 from vtlab.x86.registers import Efer, Msr
@@ -78,7 +78,7 @@ class Engine:
     def __init__(self, regions: Iterable[Region], nested: NestedTable) -> None:
         """Raises EngineUnsupported if this Unicorn is not the one that the core knows."""
         with _creation:
-            nested_walk_fix.apply()
+            engine_fixes.apply()
             self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
             self._uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)  # a model without SVM silently drops EFER.SVME
             found = layout.find(self._uc)

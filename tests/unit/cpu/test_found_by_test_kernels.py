@@ -27,3 +27,13 @@ def test_misc_enable_keeps_what_is_written(guest: Guest) -> None:
     guest.long_mode("mov ecx, 0x1a0; mov eax, 0x51889; mov edx, 4; wrmsr; xor eax, eax; rdmsr; vmmcall")
     assert guest.run() == "hypercall"
     assert (guest.exit.registers.rax, guest.exit.registers.rdx) == (0x51889, 4)
+
+
+def test_pushf_stores_no_resume_flag(guest: Guest) -> None:
+    """IRET may set RF; the next PUSHF stores it clear."""
+    guest.long_mode(
+        "mov rbx, rsp; push 0x10; push rbx; push 0x10002; push 8; lea rax, [rip + 3]; push rax; iretq;"
+        "pushfq; pop rax; vmmcall"
+    )
+    assert guest.run() == "hypercall"
+    assert guest.exit.registers.rax == 2

@@ -194,7 +194,7 @@ def test_right_that_is_taken_from_code_that_has_run(guest: Guest) -> None:
 
 
 def test_page_tables_in_pages_without_execute_right(guest: Guest) -> None:
-    """The engine's own walk of such pages would end the process; see nested_walk_fix.py."""
+    """The engine's own walk of such pages would end the process; see engine_fixes.py."""
     guest.long_mode("mov rax, [0x300000]; vmmcall")
     guest.protect(PML4, 4, access=NO_EXECUTE)
     assert guest.run() == "hypercall"
