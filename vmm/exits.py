@@ -131,9 +131,11 @@ def _memory_fault(_board: Board, processor: Processor, exit_: Exit) -> Answer:
 
 
 def _halt(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    if not exit_.halt.interrupts_enabled:
-        board.gate.halt(processor.index)
-    return processor.resume(_COMMIT)
+    """HLT that no interrupt can end waits at the gate, and whoever wakes it finds the vCPU behind the instruction."""
+    if exit_.halt.interrupts_enabled:
+        return processor.resume(_COMMIT)
+    board.gate.halt(processor.index)
+    return processor.resume(SKIP)
 
 
 def _resume(_board: Board, processor: Processor, _exit: Exit) -> Answer:

@@ -154,7 +154,9 @@ def set_register(context: Context, update: registers_pb2.RegisterValue) -> None:
 
 
 def _set_rip(context: Context, value: int) -> None:
+    """Who says where to go on means that it goes on: HLT ends."""
     context.environment.rip = value
+    context.halted = False
 
 
 def _set_rflags(context: Context, value: int) -> None:

@@ -20,6 +20,9 @@ def assemble(code: str) -> bytes:
 COUNTER = assemble(f"xor eax, eax\n again: inc dword ptr [{RESULT}]\n jmp again")
 """Counts in memory for ever."""
 
+HALTED = assemble("mov eax, 0x4a17\n cli\n again: hlt\n jmp again")
+IDLE = assemble("mov eax, 0x4a17\n sti\n again: hlt\n jmp again")
+
 ECHO = assemble(
     """
     again:

@@ -98,12 +98,22 @@ def test_hijack_runs_foreign_code(boot: Boot) -> None:
     assert debug_exit(machine) == 7
 
 
+@pytest.mark.parametrize("code", [images.HALTED, images.IDLE], ids=["interrupts off", "interrupts on"])
+def test_hijack_of_a_halted_guest(boot: Boot, code: bytes) -> None:
+    machine = boot(code)
+    wait_until(lambda: machine.registers().registers.rax == 0x4A17, TIMEOUT)
+    machine.hijack(images.assemble("mov eax, 7\n" + images.FINISH), 0x30_0000, {"rip": 0x30_0000})
+    assert debug_exit(machine) == 7
+
+
 def test_written_code_is_executed(boot: Boot) -> None:
     """Code that was translated already and is then changed from outside."""
     machine = boot(images.COUNTER)
     wait_until(lambda: counted(machine) > 0, TIMEOUT)
+    machine.pause()
     machine.write_memory(images.LOAD, images.assemble("mov eax, 9\n" + images.FINISH).ljust(32, b"\x90"))
     machine.set_registers({"rip": images.LOAD})
+    machine.resume()
     assert debug_exit(machine) == 9
 
 

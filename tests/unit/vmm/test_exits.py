@@ -142,6 +142,14 @@ def test_stop_on_reset(board: Board) -> None:
         assert ending_of(board, exit_).state == STOPPED
 
 
+def test_halt(board: Board) -> None:
+    """With interrupts on, the core waits; with interrupts off, the vCPU waits here and then goes on behind HLT."""
+    assert enter_of(board, Exit(halt=Halt(interrupts_enabled=True))).resolution.action == vcpu_pb2.ACTION_COMMIT
+    assert not board.gate._halted
+    assert enter_of(board, Exit(halt=Halt())).resolution.action == vcpu_pb2.ACTION_SKIP
+    assert board.gate._halted == {0}
+
+
 def test_empty_ports_and_empty_memory(board: Board) -> None:
     for size, ones in ((1, 0xFF), (2, 0xFFFF), (4, 0xFFFFFFFF)):
         enter = enter_of(board, Exit(port=PortAccess(port=0x1234, size=size)))
