@@ -20,6 +20,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Personality:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PersonalityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Personality.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PERSONALITY_UNSPECIFIED: _Personality.ValueType  # 0
+    """The policy personality, as if POLICY."""
+    PERSONALITY_POLICY: _Personality.ValueType  # 1
+    """Python rules and services (vtl1_monitor)."""
+    PERSONALITY_GUEST_CODE: _Personality.ValueType  # 2
+    """Machine code that VTL0 supplied with HvCallEnableVpVtl, on a processor core of its own."""
+
+class Personality(_Personality, metaclass=_PersonalityEnumTypeWrapper):
+    """What answers at VTL1."""
+
+PERSONALITY_UNSPECIFIED: Personality.ValueType  # 0
+"""The policy personality, as if POLICY."""
+PERSONALITY_POLICY: Personality.ValueType  # 1
+"""Python rules and services (vtl1_monitor)."""
+PERSONALITY_GUEST_CODE: Personality.ValueType  # 2
+"""Machine code that VTL0 supplied with HvCallEnableVpVtl, on a processor core of its own."""
+Global___Personality: _TypeAlias = Personality  # noqa: Y015
+
 class _ImageFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -222,6 +246,7 @@ class AttachRequest(_message.Message):
     RAM_SIZE_FIELD_NUMBER: _builtins.int
     MEMORY_DIRECTORY_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    PERSONALITY_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     generation: _builtins.int
     """Counts the resets and re-creations of the machine; a process refuses a number lower than the one it has."""
@@ -232,6 +257,8 @@ class AttachRequest(_message.Message):
     """Bytes, a multiple of 4096."""
     memory_directory: _builtins.str
     """Folder with the memory files that this level may open (see vtlab.ram)."""
+    personality: Global___Personality.ValueType
+    """For VTL1: who it is."""
     @_builtins.property
     def image(self) -> Global___BootImage:
         """What to boot. VTL0 loads it; VTL1 reads sections and symbols from it."""
@@ -246,10 +273,11 @@ class AttachRequest(_message.Message):
         ram_size: _builtins.int = ...,
         memory_directory: _builtins.str = ...,
         image: Global___BootImage | None = ...,
+        personality: Global___Personality.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "memory_directory", b"memory_directory", "ram_size", b"ram_size", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -697,6 +725,10 @@ class Update(_message.Message):
     SERIAL_INPUT_FIELD_NUMBER: _builtins.int
     INVALIDATE_CODE_FIELD_NUMBER: _builtins.int
     HYPERCALL_PAGE_FIELD_NUMBER: _builtins.int
+    SYNIC_MESSAGE_FIELD_NUMBER: _builtins.int
+    SYNIC_EVENT_FIELD_NUMBER: _builtins.int
+    START_PROCESSOR_FIELD_NUMBER: _builtins.int
+    APIC_INTERRUPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -713,6 +745,14 @@ class Update(_message.Message):
     def invalidate_code(self) -> Global___InvalidateCode: ...
     @_builtins.property
     def hypercall_page(self) -> Global___HypercallPage: ...
+    @_builtins.property
+    def synic_message(self) -> Global___SynicMessage: ...
+    @_builtins.property
+    def synic_event(self) -> Global___SynicEvent: ...
+    @_builtins.property
+    def start_processor(self) -> Global___StartProcessor: ...
+    @_builtins.property
+    def apic_interrupt(self) -> Global___ApicInterrupt: ...
     def __init__(
         self,
         *,
@@ -724,12 +764,16 @@ class Update(_message.Message):
         serial_input: Global___SerialInput | None = ...,
         invalidate_code: Global___InvalidateCode | None = ...,
         hypercall_page: Global___HypercallPage | None = ...,
+        synic_message: Global___SynicMessage | None = ...,
+        synic_event: Global___SynicEvent | None = ...,
+        start_processor: Global___StartProcessor | None = ...,
+        apic_interrupt: Global___ApicInterrupt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -954,6 +998,111 @@ class PendingEvent(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PendingEvent: _TypeAlias = PendingEvent  # noqa: Y015
+
+@_typing.final
+class SynicMessage(_message.Message):
+    """A message for a synthetic interrupt source (TLFS, "SynIC Messages"): written to the slot of the SIMP page and raised, or
+    queued while the slot is taken.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINT_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    sint: _builtins.int
+    """0 to 15."""
+    type: _builtins.int
+    """HV_MESSAGE_TYPE."""
+    origin: _builtins.int
+    """Connection or port."""
+    payload: _builtins.bytes
+    """At most 240 bytes."""
+    def __init__(
+        self,
+        *,
+        sint: _builtins.int = ...,
+        type: _builtins.int = ...,
+        origin: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "payload", b"payload", "sint", b"sint", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynicMessage: _TypeAlias = SynicMessage  # noqa: Y015
+
+@_typing.final
+class SynicEvent(_message.Message):
+    """An event flag of the SIEF page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINT_FIELD_NUMBER: _builtins.int
+    FLAG_FIELD_NUMBER: _builtins.int
+    sint: _builtins.int
+    flag: _builtins.int
+    """0 to 2047."""
+    def __init__(
+        self,
+        *,
+        sint: _builtins.int = ...,
+        flag: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "sint", b"sint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynicEvent: _TypeAlias = SynicEvent  # noqa: Y015
+
+@_typing.final
+class StartProcessor(_message.Message):
+    """Loads a vCPU that waits (for SIPI, or for its first entry at this level) with the state that a hypercall gave it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def state(self) -> _registers_pb2.ProcessorState: ...
+    def __init__(
+        self,
+        *,
+        state: _registers_pb2.ProcessorState | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartProcessor: _TypeAlias = StartProcessor  # noqa: Y015
+
+@_typing.final
+class ApicInterrupt(_message.Message):
+    """A fixed interrupt straight into the local APIC of this vCPU at this level: what a cluster IPI of another level becomes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    vector: _builtins.int
+    """16 to 255."""
+    def __init__(
+        self,
+        *,
+        vector: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApicInterrupt: _TypeAlias = ApicInterrupt  # noqa: Y015
 
 @_typing.final
 class SerialInput(_message.Message):

@@ -87,6 +87,8 @@ class MachineSpec(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     VTL1_FIELD_NUMBER: _builtins.int
     STOP_ON_RESET_FIELD_NUMBER: _builtins.int
+    PERSONALITY_FIELD_NUMBER: _builtins.int
+    VSM_PROFILE_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
     vp_count: _builtins.int
@@ -94,6 +96,10 @@ class MachineSpec(_message.Message):
     """Offer VTL1 to the guest. Off: the hypercalls that enable it fail."""
     stop_on_reset: _builtins.bool
     """What a triple fault or a reset request does: reset the machine, or stop it."""
+    personality: _vcpu_pb2.Personality.ValueType
+    """Who answers at VTL1."""
+    vsm_profile: _builtins.str
+    """Where the sources disagree (vtlab.hyperv.profiles): "tlfs", "openvmm" or "kvm"; empty means the default."""
     @_builtins.property
     def image(self) -> _vcpu_pb2.BootImage:
         """SHA-256 of an uploaded image, and how to boot it; `path` is unused."""
@@ -106,10 +112,12 @@ class MachineSpec(_message.Message):
         image: _vcpu_pb2.BootImage | None = ...,
         vtl1: _builtins.bool = ...,
         stop_on_reset: _builtins.bool = ...,
+        personality: _vcpu_pb2.Personality.ValueType = ...,
+        vsm_profile: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
