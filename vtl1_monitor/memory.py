@@ -24,14 +24,12 @@ _SAME = re.compile(rb"(.)\1*", re.DOTALL)
 """Bytes that are equal, as many as possible: finds runs of pages at C speed."""
 
 
-def _different(codes: bytearray, code: int, start: int, end: int) -> list[Run]:
-    """The runs in a range of pages whose code is another one."""
-    if codes.find(code, start, end) < 0:
-        return [Run(start, end - start)]
-    if codes.count(code, start, end) == end - start:
-        return []
-    others = re.compile(b"[^" + re.escape(bytes([code])) + b"]+", re.DOTALL)
-    return [Run(found.start(), found.end() - found.start()) for found in others.finditer(codes, start, end)]
+_NOT_ZERO = re.compile(rb"[^\0]+", re.DOTALL)
+
+
+def _difference(one: bytes | bytearray, other: bytes | bytearray) -> bytes:
+    """Zero where two strings of the same length agree; costs nothing for each place where they do not."""
+    return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
 
 class GuestFault(Exception):
@@ -75,6 +73,9 @@ class GuestMemory:
 
     def pieces(self, run: Run) -> Iterator[tuple[Run, int, str]]:
         """A run cut where code or owner changes."""
+        if run.pages == 1:
+            yield run, self.codes[run.first], self._owner_names[self._owners[run.first]]
+            return
         for same_code in _SAME.finditer(self.codes, run.first, run.end):
             first, last = same_code.span()
             code = self.codes[first]
@@ -88,17 +89,23 @@ class GuestMemory:
 
     def protect_message(self, changes: Iterable[Change]) -> vcpu_pb2.Protect | None:
         """What to ask for so that the changes hold; a later change wins. None if all pages already are so."""
-        wanted = bytearray(self.codes)
-        for change in changes:
-            wanted[change.run.first : change.run.end] = bytes([change.code]) * change.run.pages
-        if wanted == self.codes:
-            return None
+        changes = list(changes)
+        low = min((change.run.first for change in changes), default=0)
+        high = max((change.run.end for change in changes), default=0)
+        present = self.codes[low:high]
+        wanted = bytearray(present)
+        for (first, pages), code, _ in changes:
+            if pages == 1:
+                wanted[first - low] = code
+            else:
+                wanted[first - low : first - low + pages] = bytes([code]) * pages
         by_code: dict[int, list[Run]] = {}
-        for same in _SAME.finditer(wanted):
-            code = wanted[same.start()]
-            different = _different(self.codes, code, *same.span())
-            if different:
-                by_code.setdefault(code, []).extend(different)
+        for different in _NOT_ZERO.finditer(_difference(wanted, present)):
+            for same in _SAME.finditer(wanted, *different.span()):
+                first, end = same.span()
+                by_code.setdefault(wanted[first], []).append(Run(low + first, end - first))
+        if not by_code:
+            return None
         # Pages are closed before others are opened.
         order = sorted(by_code, key=lambda code: (code & rights.STORE_MASK == rights.WRITABLE, code))
         updates = [rights.protection_update(code, by_code[code]) for code in order]
@@ -110,8 +117,13 @@ class GuestMemory:
             number = self._owner_numbers.setdefault(change.owner, len(self._owner_names))
             if number == len(self._owner_names):
                 self._owner_names.append(change.owner)
-            self.codes[change.run.first : change.run.end] = bytes([change.code]) * change.run.pages
-            self._owners[change.run.first : change.run.end] = array("H", [number]) * change.run.pages
+            first, pages = change.run
+            if pages == 1:
+                self.codes[first] = change.code
+                self._owners[first] = number
+                continue
+            self.codes[first : first + pages] = bytes([change.code]) * pages
+            self._owners[first : first + pages] = array("H", [number]) * pages
 
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of bytes that VTL0 can read. Raises GuestFault."""

@@ -49,9 +49,7 @@ def read_ranges(memory: GuestMemory, pa: int, total: int) -> list[Range]:
         _, next_pa, count = HEKI_PAGE.unpack_from(page)
         if not 1 <= count <= HEKI_PAGE_RANGES or len(ranges) + count > total:
             raise Refused(errno.EINVAL, f"heki_page at {pa:#x} has {count} ranges of {total}")
-        ranges += [
-            Range(*HEKI_RANGE.unpack_from(page, HEKI_PAGE.size + index * HEKI_RANGE.size)) for index in range(count)
-        ]
+        ranges += map(Range._make, HEKI_RANGE.iter_unpack(page[HEKI_PAGE.size :][: count * HEKI_RANGE.size]))
         pa = next_pa
     if len(ranges) != total:
         raise Refused(errno.EINVAL, f"the list has {len(ranges)} ranges, not {total}")

@@ -15,6 +15,10 @@ from vtlab.services import Rights
 
 OWNER = "services"
 
+# Plain integers: this runs for every range of a long list.
+_READ, _WRITE, _EXECUTE = int(Rights.READ), int(Rights.WRITE), int(Rights.EXECUTE)
+_KNOWN = _READ | _WRITE | _EXECUTE
+
 
 def protect_memory(call: Call) -> Steps:
     """(pa of heki_page, number of ranges). All ranges are judged before any is applied."""
@@ -30,29 +34,31 @@ def _changes(call: Call, one: Range) -> list[Change]:
     if one.pa % PAGE_SIZE or one.epa % PAGE_SIZE or one.va % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"range {one.pa:#x}-{one.epa:#x} is not page-aligned")
     wanted = one.attributes
-    if not wanted or wanted & ~(Rights.READ | Rights.WRITE | Rights.EXECUTE) or not wanted & Rights.READ:
+    if wanted & ~_KNOWN or not wanted & _READ:
         raise Refused(errno.EINVAL, f"range {one.pa:#x}-{one.epa:#x} has attributes {wanted:#x}")
-    if wanted & Rights.WRITE and wanted & Rights.EXECUTE:
+    if wanted & _WRITE and wanted & _EXECUTE:
         raise Refused(errno.EACCES, f"range {one.pa:#x}-{one.epa:#x} would be writable and executable")
+    asked = _asked(wanted)
     changes = []
     for run, code, owner in call.machine.memory.pieces(one.run):
-        place = f"{run.first * PAGE_SIZE:#x}-{run.end * PAGE_SIZE:#x}"
         if code & rights.STORE_MASK == rights.PRIVATE or code & rights.PAGE_TABLE or owner == MODULES:
-            raise Refused(errno.EACCES, f"{place} is {rights.access_text(code)}, rule '{owner}'")
-        if _asked(wanted) & ~code:
-            raise Refused(errno.EACCES, f"{place} is {rights.access_text(code)} by rule '{owner}': cannot be relaxed")
-        changes.append(Change(run, _code(wanted, code), owner if _code(wanted, code) == code else OWNER))
+            raise Refused(errno.EACCES, f"{_place(run)} is {rights.access_text(code)}, rule '{owner}'")
+        if asked & ~code:
+            raise Refused(
+                errno.EACCES, f"{_place(run)} is {rights.access_text(code)} by rule '{owner}': cannot be relaxed"
+            )
+        # As in LVBS, EXECUTE is about the kernel; user programs keep what the policy gives them.
+        new = asked | code & rights.USER_EXECUTE | (rights.WRITABLE if wanted & _WRITE else rights.SEALED)
+        changes.append(Change(run, new, owner if new == code else OWNER))
     return changes
 
 
 def _asked(wanted: int) -> int:
     """The rights that the attributes name."""
-    asked = rights.READ if wanted & Rights.READ else 0
-    asked |= rights.WRITE if wanted & Rights.WRITE else 0
-    return asked | (rights.KERNEL_EXECUTE if wanted & Rights.EXECUTE else 0)
+    asked = rights.READ if wanted & _READ else 0
+    asked |= rights.WRITE if wanted & _WRITE else 0
+    return asked | (rights.KERNEL_EXECUTE if wanted & _EXECUTE else 0)
 
 
-def _code(wanted: int, code: int) -> int:
-    """The new code. As in LVBS, EXECUTE is about the kernel; user programs keep what the policy gives them."""
-    store = rights.WRITABLE if wanted & Rights.WRITE else rights.SEALED
-    return _asked(wanted) | code & rights.USER_EXECUTE | store
+def _place(run: rights.Run) -> str:
+    return f"{run.first * PAGE_SIZE:#x}-{run.end * PAGE_SIZE:#x}"
