@@ -44,6 +44,8 @@ class _RegisterNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Register
     REGISTER_NAME_R15: _RegisterName.ValueType  # 131087
     REGISTER_NAME_RIP: _RegisterName.ValueType  # 131088
     REGISTER_NAME_RFLAGS: _RegisterName.ValueType  # 131089
+    REGISTER_NAME_XMM0: _RegisterName.ValueType  # 196608
+    """XMM0; XMM1 to XMM15 follow."""
     REGISTER_NAME_CR0: _RegisterName.ValueType  # 262144
     REGISTER_NAME_CR2: _RegisterName.ValueType  # 262145
     REGISTER_NAME_CR3: _RegisterName.ValueType  # 262146
@@ -92,6 +94,8 @@ REGISTER_NAME_R14: RegisterName.ValueType  # 131086
 REGISTER_NAME_R15: RegisterName.ValueType  # 131087
 REGISTER_NAME_RIP: RegisterName.ValueType  # 131088
 REGISTER_NAME_RFLAGS: RegisterName.ValueType  # 131089
+REGISTER_NAME_XMM0: RegisterName.ValueType  # 196608
+"""XMM0; XMM1 to XMM15 follow."""
 REGISTER_NAME_CR0: RegisterName.ValueType  # 262144
 REGISTER_NAME_CR2: RegisterName.ValueType  # 262145
 REGISTER_NAME_CR3: RegisterName.ValueType  # 262146
@@ -294,8 +298,11 @@ class RegisterValue(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
     name: Global___RegisterName.ValueType
     value: _builtins.int
+    vector: _builtins.bytes
+    """For XMM0 to XMM15: 16 bytes."""
     @_builtins.property
     def segment(self) -> Global___Segment:
         """For ES..TR."""
@@ -311,14 +318,46 @@ class RegisterValue(_message.Message):
         value: _builtins.int = ...,
         segment: Global___Segment | None = ...,
         table: Global___TableRegister | None = ...,
+        vector: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment", "table", b"table"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "segment", b"segment", "table", b"table", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "segment", b"segment", "table", b"table", "value", b"value", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterValue: _TypeAlias = RegisterValue  # noqa: Y015
+
+@_typing.final
+class SharedState(_message.Message):
+    """What the levels of a vCPU share beside its general registers and CR2 (TLFS, "Virtual Secure Mode", private state)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FXSAVE_FIELD_NUMBER: _builtins.int
+    DEBUG_FIELD_NUMBER: _builtins.int
+    XCR0_FIELD_NUMBER: _builtins.int
+    fxsave: _builtins.bytes
+    """FXSAVE in 64-bit form, 512 bytes: x87, MMX, XMM0-XMM15, MXCSR."""
+    xcr0: _builtins.int
+    @_builtins.property
+    def debug(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """DR0-DR3."""
+
+    def __init__(
+        self,
+        *,
+        fxsave: _builtins.bytes = ...,
+        debug: _abc.Iterable[_builtins.int] | None = ...,
+        xcr0: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["debug", b"debug", "fxsave", b"fxsave", "xcr0", b"xcr0"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedState: _TypeAlias = SharedState  # noqa: Y015
 
 @_typing.final
 class MsrValue(_message.Message):

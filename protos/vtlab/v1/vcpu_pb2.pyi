@@ -57,6 +57,8 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     """Raw bytes at load_address, started at entry."""
     IMAGE_FORMAT_ELF: _ImageFormat.ValueType  # 3
     IMAGE_FORMAT_MULTIBOOT: _ImageFormat.ValueType  # 4
+    IMAGE_FORMAT_BZIMAGE: _ImageFormat.ValueType  # 5
+    """A Linux kernel, by the 64-bit boot protocol; the first module is its initial RAM disk."""
 
 class ImageFormat(_ImageFormat, metaclass=_ImageFormatEnumTypeWrapper): ...
 
@@ -67,6 +69,8 @@ IMAGE_FORMAT_FLAT: ImageFormat.ValueType  # 2
 """Raw bytes at load_address, started at entry."""
 IMAGE_FORMAT_ELF: ImageFormat.ValueType  # 3
 IMAGE_FORMAT_MULTIBOOT: ImageFormat.ValueType  # 4
+IMAGE_FORMAT_BZIMAGE: ImageFormat.ValueType  # 5
+"""A Linux kernel, by the 64-bit boot protocol; the first module is its initial RAM disk."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
 
 class _StartMode:
@@ -258,7 +262,7 @@ class AttachRequest(_message.Message):
     memory_directory: _builtins.str
     """Folder with the memory files that this level may open (see vtlab.ram)."""
     personality: Global___Personality.ValueType
-    """For VTL1: who it is."""
+    """Who answers at VTL1. Told to both levels: where both run guest code, their exits carry what levels share."""
     @_builtins.property
     def image(self) -> Global___BootImage:
         """What to boot. VTL0 loads it; VTL1 reads sections and symbols from it."""
@@ -612,6 +616,7 @@ class Enter(_message.Message):
     REGISTERS_FIELD_NUMBER: _builtins.int
     INTERCEPT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     sequence: _builtins.int
     """Counts enters of this vCPU at this level from 1."""
@@ -628,11 +633,17 @@ class Enter(_message.Message):
 
     @_builtins.property
     def registers(self) -> _registers_pb2.Registers:
-        """For VTL_CALL: the caller's registers. For RESUME after HYPERCALL or PROTECT at VTL1: unset."""
+        """For VTL_CALL: the caller's registers. For RESUME after HYPERCALL or PROTECT at VTL1: unset.
+        A level that runs guest code takes those that levels share: the general registers but RSP, and CR2.
+        """
 
     @_builtins.property
     def intercept(self) -> Global___Exit:
         """For INTERCEPT and CLIENT_WRITE: what the lower level tried, as it exited."""
+
+    @_builtins.property
+    def shared(self) -> _registers_pb2.SharedState:
+        """With `registers`, where both levels run guest code: what the level that ran before leaves to this one."""
 
     def __init__(
         self,
@@ -645,10 +656,11 @@ class Enter(_message.Message):
         registers: _registers_pb2.Registers | None = ...,
         intercept: Global___Exit | None = ...,
         status: _builtins.int = ...,
+        shared: _registers_pb2.SharedState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -729,6 +741,8 @@ class Update(_message.Message):
     SYNIC_EVENT_FIELD_NUMBER: _builtins.int
     START_PROCESSOR_FIELD_NUMBER: _builtins.int
     APIC_INTERRUPT_FIELD_NUMBER: _builtins.int
+    SYNIC_INTERRUPT_FIELD_NUMBER: _builtins.int
+    FLUSH_TRANSLATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -753,6 +767,10 @@ class Update(_message.Message):
     def start_processor(self) -> Global___StartProcessor: ...
     @_builtins.property
     def apic_interrupt(self) -> Global___ApicInterrupt: ...
+    @_builtins.property
+    def synic_interrupt(self) -> Global___SynicInterrupt: ...
+    @_builtins.property
+    def flush_translations(self) -> Global___FlushTranslations: ...
     def __init__(
         self,
         *,
@@ -768,12 +786,14 @@ class Update(_message.Message):
         synic_event: Global___SynicEvent | None = ...,
         start_processor: Global___StartProcessor | None = ...,
         apic_interrupt: Global___ApicInterrupt | None = ...,
+        synic_interrupt: Global___SynicInterrupt | None = ...,
+        flush_translations: Global___FlushTranslations | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_message", b"synic_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_message", b"synic_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -1011,6 +1031,7 @@ class SynicMessage(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    DROP_IF_BUSY_FIELD_NUMBER: _builtins.int
     sint: _builtins.int
     """0 to 15."""
     type: _builtins.int
@@ -1019,6 +1040,8 @@ class SynicMessage(_message.Message):
     """Connection or port."""
     payload: _builtins.bytes
     """At most 240 bytes."""
+    drop_if_busy: _builtins.bool
+    """Dropped instead of queued where the slot is taken or the source cannot receive: what the guest does again anyway."""
     def __init__(
         self,
         *,
@@ -1026,10 +1049,11 @@ class SynicMessage(_message.Message):
         type: _builtins.int = ...,
         origin: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        drop_if_busy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "payload", b"payload", "sint", b"sint", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop_if_busy", b"drop_if_busy", "origin", b"origin", "payload", b"payload", "sint", b"sint", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1059,6 +1083,45 @@ class SynicEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SynicEvent: _TypeAlias = SynicEvent  # noqa: Y015
+
+@_typing.final
+class SynicInterrupt(_message.Message):
+    """The interrupt of a synthetic source, without a message or a flag."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINT_FIELD_NUMBER: _builtins.int
+    sint: _builtins.int
+    """0 to 15."""
+    def __init__(
+        self,
+        *,
+        sint: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sint", b"sint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynicInterrupt: _TypeAlias = SynicInterrupt  # noqa: Y015
+
+@_typing.final
+class FlushTranslations(_message.Message):
+    """Another vCPU changed page tables and asks this one to forget its translations (HvCallFlushVirtualAddressSpace)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushTranslations: _TypeAlias = FlushTranslations  # noqa: Y015
 
 @_typing.final
 class StartProcessor(_message.Message):
@@ -1189,6 +1252,7 @@ class Exit(_message.Message):
     INSTRUCTION_LENGTH_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    SYNIC_DELIVERED_FIELD_NUMBER: _builtins.int
     REGISTER_WRITE_FIELD_NUMBER: _builtins.int
     MSR_FIELD_NUMBER: _builtins.int
     MEMORY_FAULT_FIELD_NUMBER: _builtins.int
@@ -1203,6 +1267,7 @@ class Exit(_message.Message):
     RESET_REQUEST_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     INVLPG_FIELD_NUMBER: _builtins.int
+    POWER_OFF_FIELD_NUMBER: _builtins.int
     VTL_RETURN_FIELD_NUMBER: _builtins.int
     PROTECT_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
@@ -1221,6 +1286,12 @@ class Exit(_message.Message):
     @_builtins.property
     def serial(self) -> _containers.RepeatedCompositeFieldContainer[Global___SerialOutput]:
         """Serial output since the last exit, in order."""
+
+    @_builtins.property
+    def synic_delivered(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each message of Update.synic_message that left its queue since the last exit (to the guest's page, or dropped):
+        its SINT. Whoever sends keeps count, so that no queue grows without end.
+        """
 
     @_builtins.property
     def register_write(self) -> Global___RegisterWrite: ...
@@ -1251,6 +1322,8 @@ class Exit(_message.Message):
     @_builtins.property
     def invlpg(self) -> Global___InvalidatePage: ...
     @_builtins.property
+    def power_off(self) -> Global___PowerOff: ...
+    @_builtins.property
     def vtl_return(self) -> Global___VtlReturn:
         """From VTL1 only."""
 
@@ -1267,6 +1340,7 @@ class Exit(_message.Message):
         instruction_length: _builtins.int = ...,
         serial: _abc.Iterable[Global___SerialOutput] | None = ...,
         origin: Global___Origin.ValueType = ...,
+        synic_delivered: _abc.Iterable[_builtins.int] | None = ...,
         register_write: Global___RegisterWrite | None = ...,
         msr: Global___MsrAccess | None = ...,
         memory_fault: Global___MemoryFault | None = ...,
@@ -1281,14 +1355,15 @@ class Exit(_message.Message):
         reset_request: Global___ResetRequest | None = ...,
         failure: Global___EmulationFailure | None = ...,
         invlpg: Global___InvalidatePage | None = ...,
+        power_off: Global___PowerOff | None = ...,
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shutdown", b"shutdown", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shutdown", b"shutdown", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shutdown", b"shutdown", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shutdown", b"shutdown", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "vtl_return", "protect"]  # noqa: Y015
+    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "vtl_return", "protect"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reason) -> _WhichOneofReturnType_reason | None: ...
 
@@ -1428,12 +1503,28 @@ class Hypercall(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    XMM_FIELD_NUMBER: _builtins.int
+    RETURN_RAX_FIELD_NUMBER: _builtins.int
+    RETURN_RCX_FIELD_NUMBER: _builtins.int
+    INTERRUPT_PENDING_FIELD_NUMBER: _builtins.int
+    xmm: _builtins.bytes
+    """XMM0 to XMM5, 16 bytes each, where the call's input value has the fast bit."""
+    return_rax: _builtins.int
+    """For a VTL return: RAX and RCX that the VP assist page of this level holds for the lower one."""
+    return_rcx: _builtins.int
+    interrupt_pending: _builtins.bool
+    """For a VTL return: an interrupt for this level waits that its TPR lets in."""
     def __init__(
         self,
+        *,
+        xmm: _builtins.bytes = ...,
+        return_rax: _builtins.int = ...,
+        return_rcx: _builtins.int = ...,
+        interrupt_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interrupt_pending", b"interrupt_pending", "return_rax", b"return_rax", "return_rcx", b"return_rcx", "xmm", b"xmm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1611,6 +1702,28 @@ class ResetRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResetRequest: _TypeAlias = ResetRequest  # noqa: Y015
+
+@_typing.final
+class PowerOff(_message.Message):
+    """The guest switched the machine off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """"acpi s5"."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PowerOff: _TypeAlias = PowerOff  # noqa: Y015
 
 @_typing.final
 class EmulationFailure(_message.Message):

@@ -89,6 +89,7 @@ class MachineSpec(_message.Message):
     STOP_ON_RESET_FIELD_NUMBER: _builtins.int
     PERSONALITY_FIELD_NUMBER: _builtins.int
     VSM_PROFILE_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
     vp_count: _builtins.int
@@ -104,6 +105,10 @@ class MachineSpec(_message.Message):
     def image(self) -> _vcpu_pb2.BootImage:
         """SHA-256 of an uploaded image, and how to boot it; `path` is unused."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional devices (vmm.devices.optional): "hyperv-testdev"."""
+
     def __init__(
         self,
         *,
@@ -114,10 +119,11 @@ class MachineSpec(_message.Message):
         stop_on_reset: _builtins.bool = ...,
         personality: _vcpu_pb2.Personality.ValueType = ...,
         vsm_profile: _builtins.str = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "image", b"image", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
