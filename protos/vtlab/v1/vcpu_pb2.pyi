@@ -1253,6 +1253,7 @@ class Exit(_message.Message):
     SERIAL_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     SYNIC_DELIVERED_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     REGISTER_WRITE_FIELD_NUMBER: _builtins.int
     MSR_FIELD_NUMBER: _builtins.int
     MEMORY_FAULT_FIELD_NUMBER: _builtins.int
@@ -1292,6 +1293,10 @@ class Exit(_message.Message):
         """For each message of Update.synic_message that left its queue since the last exit (to the guest's page, or dropped):
         its SINT. Whoever sends keeps count, so that no queue grows without end.
         """
+
+    @_builtins.property
+    def shared(self) -> _registers_pb2.SharedState:
+        """Where both levels run guest code: what they share beside the general registers and CR2."""
 
     @_builtins.property
     def register_write(self) -> Global___RegisterWrite: ...
@@ -1341,6 +1346,7 @@ class Exit(_message.Message):
         serial: _abc.Iterable[Global___SerialOutput] | None = ...,
         origin: Global___Origin.ValueType = ...,
         synic_delivered: _abc.Iterable[_builtins.int] | None = ...,
+        shared: _registers_pb2.SharedState | None = ...,
         register_write: Global___RegisterWrite | None = ...,
         msr: Global___MsrAccess | None = ...,
         memory_fault: Global___MemoryFault | None = ...,
@@ -1359,9 +1365,9 @@ class Exit(_message.Message):
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shutdown", b"shutdown", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shutdown", b"shutdown", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "vtl_return", "protect"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
