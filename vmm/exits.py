@@ -159,6 +159,10 @@ def _reset(board: Board, _processor: Processor, exit_: Exit) -> Answer:
     return reset_wanted(board.spec, f"reset by {exit_.reset_request.source or 'the guest'}")
 
 
+def _power_off(_board: Board, _processor: Processor, exit_: Exit) -> Answer:
+    return stopped(f"switched off by {exit_.power_off.source or 'the guest'}")
+
+
 def _debug_exit(_board: Board, _processor: Processor, exit_: Exit) -> Answer:
     value = exit_.debug_exit.value
     return stopped(f"the guest wrote {value:#x} to the debug-exit port", value)
@@ -181,6 +185,7 @@ _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "output": _resume,
     "shutdown": _shutdown,
     "reset_request": _reset,
+    "power_off": _power_off,
     "debug_exit": _debug_exit,
     "failure": _failure,
 }

@@ -78,7 +78,7 @@ def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_
     def write(gpa: int, data: bytes) -> None:
         memory[gpa : gpa + len(data)] = data
 
-    return load(image, boot, modules, write, ram.size)
+    return load(image, boot, modules, write, ram.size, request.vp_count)
 
 
 def main(config: ServerConfig) -> None:

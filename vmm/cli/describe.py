@@ -43,6 +43,7 @@ _REASONS: dict[str, Callable[[Any], str]] = {
     "shutdown": lambda shutdown: f"triple fault: {shutdown.cause}",
     "debug_exit": lambda debug: f"debug exit {debug.value:#x}",
     "reset_request": lambda reset: f"reset by {reset.source}",
+    "power_off": lambda off: f"switched off by {off.source}",
     "failure": lambda failure: f"failure: {failure.message}",
     "vtl_return": lambda answer: f"VTL return {_resolution(answer.resolution)}",
     "invlpg": lambda page: f"INVLPG {page.gva:#x}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vtl0_guest.cpu.control import ControlState
-from vtl0_guest.cpu.devices.bus import Platform
+from vtl0_guest.cpu.devices.bus import MmioDevice, Platform
 from vtl0_guest.cpu.engine import Engine
 from vtl0_guest.cpu.environment import Environment, Seg
 from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
@@ -49,6 +49,18 @@ class Context:
         self.trap_pending = False
         self.halted = False
         self.repeat = False
+
+    def device_at(self, gpa: int) -> MmioDevice | None:
+        """What answers instead of memory at the page of a guest-physical address."""
+        base = self.local_apic.mmio_base
+        if base is not None and base >> 12 == gpa >> 12:
+            return self.local_apic
+        return self.platform.mmio.get(gpa & ~0xFFF)
+
+    def device_pages(self) -> list[int]:
+        """Guest page numbers where devices answer."""
+        bases = [self.local_apic.mmio_base, *self.platform.mmio]
+        return [base >> 12 for base in bases if base is not None]
 
     def control_state(self) -> ControlState:
         environment = self.environment

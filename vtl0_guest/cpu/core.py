@@ -100,7 +100,7 @@ class Core:
             engine = Engine(regions, self.nested)
             context = Context(index, vp_count, vtl, engine, physical, platform, msrs.initial_shadows())
             self._processors.append(Processor(self, context))
-            self._hide_device_page(context)
+            self._hide_device_pages(context)
         self._closed = False
         self.output_waits = False
         self._timer_changed = threading.Condition()
@@ -154,7 +154,7 @@ class Core:
             self.nested.map(first, count, base, access)
             changes_code = changes_code or access.kernel_execute or access.user_execute
         for processor in self._processors:
-            self._hide_device_page(processor.context)
+            self._hide_device_pages(processor.context)
             if changes_code:
                 self._invalidate_runs(processor.context.engine, base, runs)
         if self._overlay_page is not None and any(first <= self._overlay_page < first + count for first, count in runs):
@@ -183,11 +183,11 @@ class Core:
         for processor in self._processors:
             processor.context.engine.invalidate_pages(frame, 1)
 
-    def _hide_device_page(self, context: Context) -> None:
-        """RAM never shows through the local APIC's registers."""
-        base = context.local_apic.mmio_base
-        if base is not None and self.nested.entry(base >> 12):
-            self.nested.map(base >> 12, 1, WRITABLE_BASE, vcpu_pb2.PageAccess())
+    def _hide_device_pages(self, context: Context) -> None:
+        """RAM never shows through the registers of a device."""
+        for page in context.device_pages():
+            if self.nested.entry(page):
+                self.nested.map(page, 1, WRITABLE_BASE, vcpu_pb2.PageAccess())
 
     def set_hypercall_page(self, update: vcpu_pb2.HypercallPage) -> None:
         """Places, moves or takes away the overlay. Raises BadArgument for a page outside RAM."""

@@ -13,6 +13,7 @@ from unicorn import UcError
 from vtl0_guest.cpu import delivery, exits, memory_faults, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
+from vtl0_guest.cpu.devices.bus import MmioDevice
 from vtl0_guest.cpu.environment import Seg
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdown, general_protection, undefined_opcode
 from vtl0_guest.cpu.gates import Event
@@ -433,6 +434,8 @@ class Processor:
             return Operation(vcpu_pb2.Exit(debug_exit=value))
         return Operation(vcpu_pb2.Exit(reset_request=value))
 
+        if isinstance(value, vcpu_pb2.PowerOff):
+            return Operation(vcpu_pb2.Exit(power_off=value))
     def _on_syscall(self) -> Operation | None:
         calls.syscall(self._context, 2)
         return None
@@ -470,8 +473,9 @@ class Processor:
         raw = b""
         if fault.access != vcpu_pb2.ACCESS_KIND_EXECUTE:
             instruction, raw = self._fetch()
-        if self._is_device(fault.gpa) and instruction is not None and not fault.page_walk:
-            return self._device_registers(fault, instruction)
+        device = self._context.device_at(fault.gpa)
+        if device is not None and instruction is not None and not fault.page_walk:
+            return self._device_registers(device, fault, instruction)
         fault = memory_faults.locate(self._context, instruction, fault)
         if self._core.is_overlay(fault.gpa) and fault.access == vcpu_pb2.ACCESS_KIND_WRITE:
             return self._guarded(self._refuse)
@@ -483,17 +487,13 @@ class Processor:
     def _refuse(self) -> Operation | None:
         raise general_protection()
 
-    def _is_device(self, gpa: int) -> bool:
-        base = self._context.local_apic.mmio_base
-        return base is not None and base >> 12 == gpa >> 12
-
-    def _device_registers(self, fault: NestedFault, instruction: Instruction) -> Operation | None:
-        apic, offset = self._context.local_apic, fault.gpa & 0xFFF
+    def _device_registers(self, device: MmioDevice, fault: NestedFault, instruction: Instruction) -> Operation | None:
+        offset = fault.gpa & 0xFFF
         moves.device_access(
             self._context,
             instruction,
-            lambda size: apic.mmio_read(offset, size),
-            lambda size, value: apic.mmio_write(offset, size, value),
+            lambda size: device.mmio_read(offset, size),
+            lambda size, value: device.mmio_write(offset, size, value),
         )
         self._context.advance(instruction.len)
         return None

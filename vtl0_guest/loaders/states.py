@@ -16,7 +16,7 @@ from vtlab.x86.registers import Cr0, Cr4, Efer, Rflags
 CODE_SELECTOR = 0x08
 DATA_SELECTOR = 0x10
 _CODE_32, _CODE_64, _DATA = 0xC09B, 0xA09B, 0xC093
-_GDT_64 = struct.pack("<QQQ", 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+_DESCRIPTOR_64, _DESCRIPTOR_DATA = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
 # GDT; top table; table of 1 GiB entries; four of 2 MiB entries.
 _LONG_PAGES = 7
 _TABLE_FLAGS = 0x3
@@ -65,14 +65,20 @@ def protected_mode(target: Target, entry: int) -> registers_pb2.ProcessorState:
     return state
 
 
-def long_mode(target: Target, entry: int) -> registers_pb2.ProcessorState:
-    """64-bit code with paging on; GDT and page tables take the 28 KiB that are highest in RAM below 4 GiB."""
+def long_mode(
+    target: Target, entry: int, *, limit: int = ABOVE_4G, code_selector: int = CODE_SELECTOR
+) -> registers_pb2.ProcessorState:
+    """64-bit code with paging on; GDT and page tables take the 28 KiB that are highest in RAM below `limit`.
+
+    The data selector follows the code selector.
+    """
     if not 0 <= entry < ABOVE_4G:
         raise target.bad(f"entry {entry:#x}: long mode starts below 4 GiB, what the first page tables map")
-    base = target.find_below(ABOVE_4G, _LONG_PAGES * PAGE_SIZE, "page tables")
+    base = target.find_below(limit, _LONG_PAGES * PAGE_SIZE, "page tables")
+    gdt = bytes(code_selector) + struct.pack("<QQ", _DESCRIPTOR_64, _DESCRIPTOR_DATA)
     top, directories = base + PAGE_SIZE, [base + (3 + number) * PAGE_SIZE for number in range(4)]
     pages = [
-        _GDT_64,
+        gdt,
         struct.pack("<Q", top + PAGE_SIZE | _TABLE_FLAGS),
         struct.pack("<4Q", *(directory | _TABLE_FLAGS for directory in directories)),
         *(
@@ -81,11 +87,11 @@ def long_mode(target: Target, entry: int) -> registers_pb2.ProcessorState:
         ),
     ]
     target.put(base, b"".join(page.ljust(PAGE_SIZE, b"\0") for page in pages), "page tables")
-    code, data = segments.flat(CODE_SELECTOR, _CODE_64), segments.flat(DATA_SELECTOR, _DATA)
+    code, data = segments.flat(code_selector, _CODE_64), segments.flat(code_selector + 8, _DATA)
     state = _state(code, data, Cr0.PE.value | Cr0.ET.value | Cr0.NE.value | Cr0.WP.value | Cr0.PG.value)
     registers = state.registers
     registers.cr3, registers.cr4 = top, Cr4.PAE.value
     registers.efer = Efer.LME.value | Efer.LMA.value
     registers.rip = entry
-    state.gdtr.base, state.gdtr.limit = base, len(_GDT_64) - 1
+    state.gdtr.base, state.gdtr.limit = base, len(gdt) - 1
     return state

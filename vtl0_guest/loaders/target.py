@@ -9,6 +9,7 @@ from vtlab.errors import BadImage
 PAGE_SIZE = 4096
 # Where RAM is RAM on a PC: below, the legacy hole from 640 KiB to 1 MiB, and the APICs' page range below 4 GiB.
 LOW_END = 0x9FC00
+FIRMWARE_START = 0xF0000
 HIGH_START = 0x10_0000
 DEVICES_START = 0xFEC0_0000
 ABOVE_4G = 1 << 32
@@ -24,15 +25,18 @@ class Target:
 
     Attributes:
         ram_size: bytes of guest RAM.
+        vp_count: vCPUs of the machine, for formats that tell the guest.
         taken: ranges (first address, end) that hold something, in the order of loading.
+        write: stores bytes; put() does after its checks.
     """
 
-    def __init__(self, subject: str, ram_size: int, write: Write) -> None:
+    def __init__(self, subject: str, ram_size: int, write: Write, vp_count: int = 1) -> None:
         """`subject` is the file that errors name."""
         self.subject = subject
         self.ram_size = ram_size
+        self.vp_count = vp_count
         self.taken: list[tuple[int, int]] = []
-        self._write = write
+        self.write = write
 
     def bad(self, detail: str) -> BadImage:
         """An error about this file."""
@@ -45,16 +49,29 @@ class Target:
             BadImage: the range is not inside RAM; `field` says what it belongs to.
         """
         size = len(data) if size is None else size
+        end = self.take(address, size, field)
+        if size == 0:
+            return
+        if data:
+            self.write(address, data)
+        for start in range(address + len(data), end, len(_ZEROS)):
+            self.write(start, _ZEROS[: end - start])
+
+    def take(self, address: int, size: int, field: str) -> int:
+        """Takes a range without writing to it; returns its end. Raises BadImage as put() does."""
         end = address + size
         if address < 0 or end > self.ram_size:
             raise self.bad(f"{field}: needs {address:#x}-{end:#x}, RAM ends at {self.ram_size:#x}")
-        if size == 0:
-            return
-        self.taken.append((address, end))
-        if data:
-            self._write(address, data)
-        for start in range(address + len(data), end, len(_ZEROS)):
-            self._write(start, _ZEROS[: end - start])
+        if size:
+            self.taken.append((address, end))
+        return end
+
+    def put_free(self, address: int, data: bytes, field: str) -> None:
+        """As put(), for a range that nothing may have taken. Raises BadImage."""
+        for first, end in self.taken:
+            if first < address + len(data) and address < end:
+                raise self.bad(f"{field}: {address:#x} is taken by the image")
+        self.put(address, data, field)
 
     def highest_end(self) -> int:
         """End of what lies highest, 0 if nothing was loaded."""
@@ -90,7 +107,7 @@ def memory_map(ram_size: int) -> list[tuple[int, int, int]]:
     entries = [
         (0, min(LOW_END, ram_size), 1),
         (LOW_END, 0xA0000 - LOW_END, 2),
-        (0xF0000, 0x10000, 2),
+        (FIRMWARE_START, 0x10000, 2),
         (HIGH_START, min(ram_size, DEVICES_START) - HIGH_START, 1),
         (DEVICES_START, ABOVE_4G - DEVICES_START, 2),
         (ABOVE_4G, ram_size - ABOVE_4G, 1),

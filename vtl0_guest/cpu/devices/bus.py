@@ -17,12 +17,13 @@ from vtlab.v1 import vcpu_pb2
 
 if TYPE_CHECKING:
     from vtl0_guest.cpu.devices.clock import Clock
+    from vtl0_guest.cpu.devices.isa_lines import IsaLines
     from vtl0_guest.cpu.devices.local_apic import LocalApic
     from vtl0_guest.cpu.devices.pic import PicPair
     from vtl0_guest.cpu.devices.serial import SerialPorts
 
 # What a device can end a run with.
-DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest
+DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest | vcpu_pb2.PowerOff
 
 
 class GeneralProtection(Exception):
@@ -35,6 +36,14 @@ class PortDevice(Protocol):
     def read(self, port: int, size: int, /) -> int: ...
 
     def write(self, port: int, size: int, value: int, /) -> None: ...
+
+
+class MmioDevice(Protocol):
+    """A page of registers. `offset` is within the page, `size` 1, 2, 4 or 8 bytes. Takes the guard itself."""
+
+    def mmio_read(self, offset: int, size: int, /) -> int: ...
+
+    def mmio_write(self, offset: int, size: int, value: int, /) -> None: ...
 
 
 class TimedDevice(Protocol):
@@ -116,9 +125,12 @@ class Platform:
 
     Attributes:
         ports: what answers each claimed I/O port.
+        mmio: what answers at a page, by guest-physical address; the local APICs are not among them, since each
+            processor moves its own.
         clock: the time that all of them share.
         serial: COM1 and COM2.
-        pic: the two 8259; the VMM's devices pulse its lines.
+        pic: the two 8259.
+        lines: the ISA interrupt lines; the VMM's devices pulse them.
         on_wake: called with a vCPU index when an interrupt or NMI may have become deliverable there. Spurious calls
             happen. Runs on the thread that caused it.
         on_deadline: called when next_deadline() may have changed.
@@ -129,14 +141,18 @@ class Platform:
         guard: Guard,
         clock: Clock,
         ports: Mapping[int, PortDevice],
+        mmio: Mapping[int, MmioDevice],
         serial: SerialPorts,
         pic: PicPair,
+        lines: IsaLines,
         local_apics: Iterable[LocalApic],
         timed: Iterable[TimedDevice],
     ) -> None:
         self.clock = clock
         self.serial = serial
+        self.mmio = dict(mmio)
         self.pic = pic
+        self.lines = lines
         self.on_wake: Callable[[int], None] = lambda _vp_index: None
         self.on_deadline: Callable[[], None] = lambda: None
         self._guard = guard
@@ -183,8 +199,8 @@ class Platform:
     def pulse_irq(self, irq: int) -> None:
         """Raises and lowers an ISA interrupt line, 0 to 15."""
         with self._guard:
-            self.pic.set_irq(irq, True)
-            self.pic.set_irq(irq, False)
+            self.lines.set(irq, True)
+            self.lines.set(irq, False)
 
     def next_deadline(self) -> float | None:
         """Clock.now() of the next timer event."""

@@ -15,6 +15,7 @@ from vtlab.v1 import vcpu_pb2
 
 DATA = 0x60
 COMMAND = 0x64
+IRQ = 1
 
 
 class Status(IntFlag):

@@ -1,7 +1,7 @@
 """Local APIC: xAPIC by MMIO, x2APIC by MSRs, IA32_APIC_BASE, and the timer.
 
-Sources: Intel SDM volume 3, chapter "Advanced programmable interrupt controller"; AMD APM volume 2, chapter 16. There
-is no IOAPIC, so every interrupt is edge triggered and TMR stays zero. INIT, STARTUP and SMI messages are not delivered.
+Sources: Intel SDM volume 3, chapter "Advanced programmable interrupt controller"; AMD APM volume 2, chapter 16. INIT,
+STARTUP and SMI messages are not delivered.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class LocalApic:
     Attributes:
         vp_index: the processor; its initial APIC ID too.
         apic_base: IA32_APIC_BASE.
+        on_end_of_interrupt: told the vector of each level-triggered interrupt that ends (the EOI broadcast).
     """
 
     def __init__(self, vp_index: int, guard: Guard, clock: Clock, bus: Sequence[LocalApic]) -> None:
@@ -51,6 +52,7 @@ class LocalApic:
         self.vp_index = vp_index
         self._guard = guard
         self._bus = bus
+        self.on_end_of_interrupt: Callable[[int], None] = lambda _vector: None
         self.timer = ApicTimer(clock, guard, self._timer_fired)
         self._handlers: dict[Register, Callable[[int], None]] = {
             Register.TPR: self._write_tpr,
@@ -62,7 +64,7 @@ class LocalApic:
             Register.TIMER_DIVIDE: self.timer.set_divide,
         }
         self._readers: dict[Register, Callable[[], int]] = {
-            Register.PPR: self._ppr,
+            Register.PPR: self.processor_priority,
             Register.TIMER_INITIAL: lambda: self.timer.initial,
             Register.TIMER_CURRENT: self.timer.current,
             Register.TIMER_DIVIDE: lambda: self.timer.divide,
@@ -77,6 +79,8 @@ class LocalApic:
         """State after RESET; a boot processor's LINT0 takes ExtINT, as firmware leaves it (virtual wire mode)."""
         self._irr = 0
         self._isr = 0
+        # Bit n: vector n was last received as level triggered.
+        self._tmr = 0
         self._nmi = False
         self._lint0 = False
         self._esr = 0
@@ -123,7 +127,7 @@ class LocalApic:
         if not self._irr or not self._values[Register.SVR] & _SVR_ENABLED:
             return None
         vector = self._irr.bit_length() - 1
-        return vector if vector >> 4 > self._ppr() >> 4 else None
+        return vector if vector >> 4 > self.processor_priority() >> 4 else None
 
     def take(self) -> int:
         """Moves that request into service; the spurious vector of SVR if there is none."""
@@ -154,7 +158,7 @@ class LocalApic:
         elif rising and not lint0 & LVT_MASKED:
             self.receive(lvt_delivery(lint0), lint0 & 0xFF)
 
-    def receive(self, delivery: int, vector: int) -> None:
+    def receive(self, delivery: int, vector: int, level: bool = False) -> None:
         """An interrupt message arrives; those that are not fixed, lowest priority or NMI are dropped."""
         if not self.enabled:
             return
@@ -167,6 +171,7 @@ class LocalApic:
             if not self._values[Register.SVR] & _SVR_ENABLED:
                 return
             self._irr |= 1 << vector
+            self._tmr = self._tmr | 1 << vector if level else self._tmr & ~(1 << vector)
         else:
             return
         self._guard.wake(self.vp_index)
@@ -244,11 +249,9 @@ class LocalApic:
     # ------------------------------------------------------------------------------------------ registers
 
     def _read(self, number: int) -> int:
-        for first, bits in ((Register.ISR, self._isr), (Register.IRR, self._irr)):
+        for first, bits in ((Register.ISR, self._isr), (Register.TMR, self._tmr), (Register.IRR, self._irr)):
             if first <= number < first + 8:
                 return bits >> 32 * (number - first) & 0xFFFF_FFFF
-        if Register.TMR <= number < Register.TMR + 8:
-            return 0
         if number not in Register.__members__.values():
             self._error(_ESR_ILLEGAL_REGISTER)
             return 0
@@ -276,7 +279,8 @@ class LocalApic:
             return (self.vp_index >> 4) << 16 | 1 << (self.vp_index & 15)
         return self._values.get(Register.LDR, 0)
 
-    def _ppr(self) -> int:
+    def processor_priority(self) -> int:
+        """PPR."""
         tpr, serving = self.tpr, self._isr.bit_length() - 1 if self._isr else 0
         return tpr if tpr >> 4 >= serving >> 4 else serving & 0xF0
 
@@ -286,7 +290,10 @@ class LocalApic:
 
     def _write_eoi(self, _value: int) -> None:
         if self._isr:
-            self._isr &= ~(1 << (self._isr.bit_length() - 1))
+            vector = self._isr.bit_length() - 1
+            self._isr &= ~(1 << vector)
+            if self._tmr >> vector & 1:
+                self.on_end_of_interrupt(vector)
         self._wake_if_deliverable()
 
     def _wake_if_deliverable(self) -> None:
@@ -343,7 +350,7 @@ class LocalApic:
         if delivery in (Delivery.FIXED, Delivery.LOWEST) and vector < 16:
             self._error(_ESR_SEND_ILLEGAL)
         if delivery == Delivery.LOWEST and targets:
-            targets = [min(targets, key=lambda apic: apic._ppr())]
+            targets = [min(targets, key=lambda apic: apic.processor_priority())]
         for apic in targets:
             apic.receive(delivery, vector)
 
@@ -363,6 +370,19 @@ class LocalApic:
         if self._values[Register.DFR] >> 28 == 0xF:
             return bool(destination & ldr)
         return destination >> 4 == ldr >> 4 and bool(destination & ldr & 0xF)
+
+
+def send(bus: Sequence[LocalApic], delivery: int, vector: int, destination: int, *, logical: bool, level: bool) -> None:
+    """A message with an 8-bit destination, as interrupt controllers outside the processors send."""
+    targets = [
+        apic
+        for apic in bus
+        if apic.matches(0xFFFF_FFFF if destination == _ALL and apic.x2apic else destination, logical)
+    ]
+    if delivery == Delivery.LOWEST and targets:
+        targets = [min(targets, key=LocalApic.processor_priority)]
+    for apic in targets:
+        apic.receive(delivery, vector, level)
 
 
 # Registers without side effects: bits that can be written.

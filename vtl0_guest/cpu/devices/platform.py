@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from vtl0_guest.cpu.devices import debug_exit, keyboard_controller, pit, reset_ports, rtc, serial
-from vtl0_guest.cpu.devices.bus import Guard, Platform, PortDevice, TimedDevice
+from vtl0_guest.cpu.devices import (
+    debug_exit,
+    ioapic,
+    keyboard_controller,
+    pit,
+    power_management,
+    reset_ports,
+    rtc,
+    serial,
+)
+from vtl0_guest.cpu.devices.bus import Guard, MmioDevice, Platform, PortDevice, TimedDevice
 from vtl0_guest.cpu.devices.clock import Clock, HostClock
+from vtl0_guest.cpu.devices.isa_lines import IsaLines
 from vtl0_guest.cpu.devices.local_apic import LocalApic
 from vtl0_guest.cpu.devices.pic import PicPair
 
 __all__ = ["Platform", "build_platform"]
 
-_PIT_IRQ, _KEYBOARD_IRQ, _RTC_IRQ = 0, 1, 8
+_PIT_IRQ = 0
 
 
 def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> Platform:
-    """All devices in their state after RESET. `clock` is the host's unless given. ISA interrupts reach vCPU 0."""
+    """All devices in their state after RESET. `clock` is the host's unless given. The 8259 pair reaches vCPU 0."""
     clock = clock or HostClock()
     guard = Guard()
     local_apics: list[LocalApic] = []
     local_apics.extend(LocalApic(index, guard, clock, local_apics) for index in range(vp_count))
     pic = PicPair(local_apics[0].set_lint0)
-    timer = pit.Pit(clock, pic.irq_line(_PIT_IRQ), guard)
-    cmos = rtc.Rtc(clock, pic.irq_line(_RTC_IRQ), guard, ram_size, vp_count)
-    keyboard = keyboard_controller.KeyboardController(pic.irq_line(_KEYBOARD_IRQ), guard)
-    uarts = [serial.Uart(base, pic.irq_line(irq), clock) for base, irq in serial.PORTS]
+    io_apic = ioapic.IoApic(guard, local_apics)
+    for apic in local_apics:
+        apic.on_end_of_interrupt = io_apic.end_of_interrupt
+    lines = IsaLines(pic, io_apic)
+    timer = pit.Pit(clock, lines.line(_PIT_IRQ), guard)
+    cmos = rtc.Rtc(clock, lines.line(rtc.IRQ), guard, ram_size, vp_count)
+    keyboard = keyboard_controller.KeyboardController(lines.line(keyboard_controller.IRQ), guard)
+    power = power_management.PowerManagement(clock, lines.line(power_management.SCI_IRQ), guard)
+    uarts = [serial.Uart(base, lines.line(irq), clock) for base, irq in serial.PORTS]
     debug_port = debug_exit.DebugExitPort(guard)
     delay = reset_ports.DelayPort()
     ports: dict[int, PortDevice] = {
@@ -33,10 +48,12 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
         **dict.fromkeys((keyboard_controller.DATA, keyboard_controller.COMMAND), keyboard),
         **dict.fromkeys(range(debug_exit.FIRST_PORT, debug_exit.FIRST_PORT + debug_exit.PORT_COUNT), debug_port),
         **dict.fromkeys(reset_ports.DELAY_PORTS, delay),
+        **dict.fromkeys(power_management.PORTS, power),
         reset_ports.SYSTEM_CONTROL_A: reset_ports.SystemControlA(guard),
         reset_ports.RESET_CONTROL: reset_ports.ResetControl(guard),
     }
     for uart, (base, _) in zip(uarts, serial.PORTS, strict=True):
         ports |= dict.fromkeys(range(base, base + 8), uart)
-    timed: list[TimedDevice] = [timer, cmos, *(apic.timer for apic in local_apics)]
-    return Platform(guard, clock, ports, serial.SerialPorts(uarts, guard), pic, local_apics, timed)
+    timed: list[TimedDevice] = [timer, cmos, power, *(apic.timer for apic in local_apics)]
+    mmio: dict[int, MmioDevice] = {ioapic.BASE: io_apic}
+    return Platform(guard, clock, ports, mmio, serial.SerialPorts(uarts, guard), pic, lines, local_apics, timed)

@@ -11,6 +11,8 @@ from vtlab.v1 import vcpu_pb2
 
 SYSTEM_CONTROL_A = 0x92
 RESET_CONTROL = 0xCF9
+# What a write there must be for a cold reset that switches the power off and on (RST_CNT bits 3:1).
+FULL_RESET = 0x0E
 DELAY_PORTS = (0x80, 0xED)
 
 

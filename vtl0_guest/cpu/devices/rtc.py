@@ -17,10 +17,13 @@ from vtl0_guest.cpu.devices.clock import Clock
 INDEX = 0x70
 DATA = 0x71
 
-_A, _B, _C, _D, _CENTURY = 0x0A, 0x0B, 0x0C, 0x0D, 0x32
+IRQ = 8
+# Address of the century byte.
+CENTURY = 0x32
+_A, _B, _C, _D = 0x0A, 0x0B, 0x0C, 0x0D
 # Bytes of the time, and those of the alarm that each is compared with.
 _SECONDS, _MINUTES, _HOURS, _WEEKDAY, _DAY, _MONTH, _YEAR = 0, 2, 4, 6, 7, 8, 9
-_TIME = frozenset({_SECONDS, _MINUTES, _HOURS, _WEEKDAY, _DAY, _MONTH, _YEAR, _CENTURY})
+_TIME = frozenset({_SECONDS, _MINUTES, _HOURS, _WEEKDAY, _DAY, _MONTH, _YEAR, CENTURY})
 _ALARMS = ((1, _SECONDS), (3, _MINUTES), (5, _HOURS))
 _UIP = 0x80
 # UIP is set this long before the time changes (data sheet, "Update cycle").
@@ -150,7 +153,7 @@ class Rtc:
             _DAY: now.tm_mday,
             _MONTH: now.tm_mon,
             _YEAR: now.tm_year % 100,
-            _CENTURY: now.tm_year // 100,
+            CENTURY: now.tm_year // 100,
         }
         encoded = {address: self._encode(value) for address, value in fields.items()}
         if not self._memory[_B] & RegisterB.HOUR_24.value:
@@ -165,7 +168,7 @@ class Rtc:
     def _set_time(self) -> None:
         """Takes the time bytes as the time; a date that does not exist runs over into the next month."""
         memory = self._memory
-        year = self._decode(memory[_CENTURY]) * 100 + self._decode(memory[_YEAR])
+        year = self._decode(memory[CENTURY]) * 100 + self._decode(memory[_YEAR])
         month = min(max(self._decode(memory[_MONTH]), 1), 12)
         moment = calendar.timegm(
             (
