@@ -69,7 +69,10 @@ class Core:
         nested: the nested page table that all processors share.
         turns: the run token; one processor runs at a time.
         output_waits: the guest has written serial output that no exit has carried away.
+        shares_state: every exit carries what the levels of a vCPU share, since the other level runs guest code too.
     """
+
+    shares_state = False
 
     def __init__(self, ram: Ram, vp_count: int, vtl: int, platform: Platform) -> None:
         """Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library) if this Unicorn is not the known one."""

@@ -36,6 +36,7 @@ from unicorn.x86_const import (
 from vtl0_guest.cpu import engine_fixes, layout, native_hooks, vmcb
 from vtl0_guest.cpu.nested import HIDDEN_BASE, NESTED_BASE, REGION_SHIFT, NestedTable
 from vtl0_guest.cpu.unicorn_library import CTL_TB_FLUSH, CTL_TLB_FLUSH, EngineUnsupported, address_of, library
+from vtl0_guest.cpu.vectors import Vectors
 from vtlab.x86.registers import Efer, Msr
 
 # Pages of the hidden range.
@@ -73,6 +74,7 @@ class Engine:
         state: the processor's structure as bytes; offsets in layout.py. Only while the engine is stopped.
         words: the same as 64-bit words.
         mailbox: the native hooks' words; any thread may set STOP and PENDING.
+        vectors: x87 and SSE registers.
     """
 
     def __init__(self, regions: Iterable[Region], nested: NestedTable) -> None:
@@ -104,6 +106,7 @@ class Engine:
         )
         self._install_hooks()
         self._enter_guest_mode(nested.root(False))
+        self.vectors = Vectors(self._uc, self.state)
 
     # ------------------------------------------------------------------------------------------------ start
 

@@ -10,6 +10,7 @@ from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import GeneralProtection
 from vtl0_guest.cpu.environment import Seg
 from vtl0_guest.cpu.faults import general_protection
+from vtlab.hyperv.msrs import HvMsr
 from vtlab.x86.registers import Msr
 
 _CANONICAL = frozenset(
@@ -41,6 +42,7 @@ SHADOWS: dict[int, tuple[int, int]] = {
     Msr.MISC_ENABLE: (1, _ALL),
     _SYSCFG: (0, 0x7C0000),
     _HWCR: (0, _ALL),
+    HvMsr.VP_ASSIST_PAGE: (0, _ALL),
     # SVMDIS and LOCK: virtualization is switched off for good.
     _VM_CR: (0x18, 0),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, exits, memory_faults, state
+from vtl0_guest.cpu import delivery, exits, levels, memory_faults, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice
@@ -148,7 +148,7 @@ class Processor:
                 after = self._resolve(open_operation, enter.resolution)
                 if after is not None:
                     return after
-            if enter.updates or enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
+            if enter.updates or enter.HasField("registers"):
                 return self._finish(enter)
         except CannotEmulate as error:
             return self._failure(str(error))
@@ -196,6 +196,8 @@ class Processor:
             operation.code,
             operation.length,
         )
+        if self._core.shares_state:
+            message.shared.CopyFrom(levels.save_shared(self._context))
         self._output_due = False
         if self._core.output_waits:
             self._core.output_waits = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from vtl0_guest.cpu import delivery, state
+from vtl0_guest.cpu import delivery, levels, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, Shutdown, general_protection
 from vtl0_guest.cpu.gates import Event
@@ -57,8 +57,11 @@ class Resolver:
     def finish(self, enter: vcpu_pb2.Enter) -> Iterator[Event]:
         """Registers, MSRs, input and events, after the last exit has ended. Yields what is to be delivered."""
         context = self._context
-        if enter.HasField("registers") and enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
-            state.load_registers(context, enter.registers)
+        for update in enter.updates:
+            if update.HasField("start_processor"):  # before what another level leaves to it
+                state.load(context, update.start_processor.state)
+        if enter.HasField("registers"):
+            levels.load_shared(context, enter.registers, enter.shared if enter.HasField("shared") else None)
         for update in enter.updates:
             kind = update.WhichOneof("change")
             if kind == "register":

@@ -35,6 +35,7 @@ _DEBUG_NAMES = {
     registers_pb2.REGISTER_NAME_DR6: 4,
     registers_pb2.REGISTER_NAME_DR7: 5,
 }
+_VECTOR_NAMES = range(registers_pb2.REGISTER_NAME_XMM0, registers_pb2.REGISTER_NAME_XMM0 + 16)
 _VM, _PE = int(Rflags.VM), int(Cr0.PE)
 
 
@@ -99,11 +100,6 @@ def _load_general(context: Context, registers: registers_pb2.Registers) -> None:
     environment.rflags = registers.rflags
 
 
-def load_registers(context: Context, registers: registers_pb2.Registers) -> None:
-    """General registers, RIP and RFLAGS of a message."""
-    _load_general(context, registers)
-
-
 def _consistent_cpl(context: Context, cpl: int) -> int:
     if not context.environment.cr(0) & _PE:
         return 0
@@ -149,6 +145,8 @@ def set_register(context: Context, update: registers_pb2.RegisterValue) -> None:
         context.debug[_DEBUG_NAMES[name]] = value
     elif name in _SETTERS:
         _SETTERS[name](context, value)
+    elif name in _VECTOR_NAMES and len(update.vector) == 16:
+        context.engine.vectors.set_vector(name - registers_pb2.REGISTER_NAME_XMM0, update.vector)
     else:
         raise errors.BadArgument(f"register {name:#x}", "is not one that the processor has")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from iced_x86 import Instruction, Mnemonic
 
 from vtl0_guest.cpu import cpuid as cpuid_table
+from vtl0_guest.cpu import levels
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import SEGMENTS, effective_offset
 from vtl0_guest.cpu.environment import Gpr
@@ -63,7 +64,7 @@ def hypercall(context: Context, instruction: Instruction) -> Operation | None:
     def complete(value: int) -> None:
         context.environment.set_gpr(Gpr.RAX, value)
 
-    return Operation(vcpu_pb2.Exit(hypercall=vcpu_pb2.Hypercall()), None, 0, complete)
+    return Operation(vcpu_pb2.Exit(hypercall=levels.describe_hypercall(context)), None, 0, complete)
 
 
 def invlpg(context: Context, instruction: Instruction) -> Operation | None:
