@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from queue import SimpleQueue
 from typing import Protocol
 
-from vtl0_guest.vcpu import Processor, Vcpu
 from vtlab.errors import BadArgument, Conflict, NotFound, WrongState
 from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.vcpu import Processor, Vcpu, Wakes
 
 MAX_PROCESSORS = 64
 # Seconds that a kicked vCPU may take to exit.
@@ -53,7 +52,7 @@ class Guest:
         self._build = build
         self._lock = threading.Lock()
         self._attached: _Attached | None = None
-        self._listeners: list[SimpleQueue[vcpu_pb2.EventsResponse | None]] = []
+        self._wakes = Wakes()
 
     def attach(self, request: vcpu_pb2.AttachRequest) -> None:
         """Binds to a machine; a higher generation of the same one replaces it, the same one again changes nothing.
@@ -120,19 +119,11 @@ class Guest:
         Args:
             on_end: is given a function that ends the iteration, from any thread; returns False if it should end now.
         """
-        queue: SimpleQueue[vcpu_pb2.EventsResponse | None] = SimpleQueue()
-        self._listeners.append(queue)
-        if on_end(lambda: queue.put(None)) is False:
-            queue.put(None)
-        try:
-            yield from iter(queue.get, None)
-        finally:
-            self._listeners.remove(queue)
+        return self._wakes.stream(on_end)
 
     def close(self) -> None:
         """Ends what runs and forgets the machine. To be called once, when no new calls are taken."""
-        for queue in list(self._listeners):
-            queue.put(None)
+        self._wakes.close()
         with self._lock:
             attached, self._attached = self._attached, None
             if attached is not None:
@@ -149,14 +140,11 @@ class Guest:
     def _woken(self, vp_index: int) -> None:
         """Runs on the thread that raised the interrupt. A vCPU that runs takes it by itself."""
         attached = self._attached
-        if attached is None or not self._listeners or attached.vcpus[vp_index].running:
+        if attached is None or not self._wakes.heard or attached.vcpus[vp_index].running:
             return
         vector = attached.level.pending_vector(vp_index)
-        if vector is None:
-            return
-        pending = vcpu_pb2.InterruptPending(vector=vector)
-        for queue in list(self._listeners):
-            queue.put(vcpu_pb2.EventsResponse(vp_index=vp_index, interrupt_pending=pending))
+        if vector is not None:
+            self._wakes.report(vp_index, vector)
 
 
 def _chain(first: vcpu_pb2.Enter, rest: Iterable[vcpu_pb2.Enter]) -> Iterator[vcpu_pb2.Enter]:

@@ -1,9 +1,13 @@
-"""One vCPU between its stream and the core: numbers, kicks, and which stream may speak."""
+"""One vCPU of a level that runs guest code: between its stream and the core, and the interrupts that wait for it.
+
+Both processes that host a core use it (vtl0_guest, and vtl1_monitor for the guest-code personality).
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import Protocol
 
 from vtlab.errors import BadArgument, Conflict, WrongState
@@ -65,9 +69,13 @@ class Vcpu:
             if enter.vp_index != self._index:
                 raise BadArgument("vp_index", f"{enter.vp_index} on the stream of {self.name}")
             self._check(stream)
-            exit_ = self._session.answer(enter)
+            exit_ = self.answer(enter)
             self._check(stream)
             yield exit_
+
+    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Executes an enter, or repeats the exit of one that was executed. Raises as Session.answer()."""
+        return self._session.answer(enter)
 
     def _check(self, stream: int) -> None:
         if stream != self._stream:
@@ -108,3 +116,41 @@ class Vcpu:
             if self._running:
                 raise WrongState(self.name, state="running", operation="read its state")
             return self._processor.state()
+
+
+class Wakes:
+    """Interrupts that became deliverable on vCPUs that are not entered, for whoever listens (VcpuService.Events)."""
+
+    def __init__(self) -> None:
+        self._listeners: list[SimpleQueue[vcpu_pb2.EventsResponse | None]] = []
+
+    @property
+    def heard(self) -> bool:
+        """Somebody listens."""
+        return bool(self._listeners)
+
+    def report(self, vp_index: int, vector: int) -> None:
+        """From any thread."""
+        pending = vcpu_pb2.InterruptPending(vector=vector)
+        for queue in list(self._listeners):
+            queue.put(vcpu_pb2.EventsResponse(vp_index=vp_index, interrupt_pending=pending))
+
+    def stream(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[vcpu_pb2.EventsResponse]:
+        """What is reported from now on.
+
+        Args:
+            on_end: is given a function that ends the iteration, from any thread; returns False if it should end now.
+        """
+        queue: SimpleQueue[vcpu_pb2.EventsResponse | None] = SimpleQueue()
+        self._listeners.append(queue)
+        if on_end(lambda: queue.put(None)) is False:
+            queue.put(None)
+        try:
+            yield from iter(queue.get, None)
+        finally:
+            self._listeners.remove(queue)
+
+    def close(self) -> None:
+        """Ends all streams."""
+        for queue in list(self._listeners):
+            queue.put(None)
