@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from vtl1_monitor.api import CodeRule
 from vtl1_monitor.machine import Machine
@@ -17,9 +19,13 @@ from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.resolve import resolve
 from vtl1_monitor.policy.text import PolicyText, parse
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, WrongState
-from vtlab.ram import Ram
+from vtlab.ram import Ram, RamFile
 from vtlab.session import Session
 from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
+from vtlab.vcpu import Wakes
+
+if TYPE_CHECKING:
+    from vtl1_monitor.guest_code import GuestCode
 
 VTL = 1
 MAX_PROCESSORS = 64
@@ -39,6 +45,8 @@ class Monitor:
         self._lock = threading.Lock()
         self._machine: Machine | None = None
         self._sessions: list[Session] = []
+        self._code: GuestCode | None = None
+        self._silence = Wakes()
         # An operator's policy, and its lock, outlive a reset of the machine; destroying the machine ends them.
         self._overrides: dict[str, PolicyText] = {}
 
@@ -60,9 +68,15 @@ class Monitor:
             if current is not None and request.generation < current.generation:
                 raise Conflict(request.vm, f"generation {request.generation} after {current.generation}")
             machine = self._create(request)
+            code = None
+            if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
+                code = _guest_code(machine.memory.ram, request.vp_count)
             self._close()
             machine.override = self._overrides.get(request.vm)
             self._machine = machine
+            self._code = code
+            if code is not None:
+                return
             self._sessions = [
                 Session(f"vCPU {index} of VTL1", PolicyProcessor(machine, index).run)
                 for index in range(request.vp_count)
@@ -95,26 +109,56 @@ class Monitor:
     def close(self) -> None:
         """Wipes whatever is attached."""
         with self._lock:
+            self._silence.close()
             self._close()
 
     def _close(self) -> None:
+        code, self._code = self._code, None
+        if code is not None:
+            code.close()
         if self._machine is not None:
             self._machine.close()
-            self._machine.memory.ram.close()
+            ram = self._machine.memory.ram
+            if code is not None:
+                ram.views[RamFile.PRIVATE].madvise(mmap.MADV_REMOVE)  # which pages are VTL1's, its own code said
+            ram.close()
         self._machine, self._sessions = None, []
 
     def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Serves one enter. Raises NotFound for a vCPU that does not exist, WrongState, Conflict."""
-        return self._session(enter.vp_index).answer(enter)
+        code = self._guest_code(enter.vp_index)
+        return code.answer(enter) if code is not None else self._session(enter.vp_index).answer(enter)
 
     def kick(self, vp_index: int, sequence: int) -> bool:
-        """True if that enter is being served; it ends soon by itself, for no service waits for anything."""
+        """False if that enter has ended. One of the policy personality ends soon by itself: no service waits."""
+        code = self._guest_code(vp_index)
+        if code is not None:
+            return code.kick(vp_index, sequence)
         return self._session(vp_index).running == sequence
 
     def state(self, vp_index: int) -> registers_pb2.ProcessorState:
-        """Always raises Unsupported: the policy personality runs no guest code."""
+        """Registers of VTL1's guest code. Raises Unsupported where the policy personality answers."""
+        code = self._guest_code(vp_index)
+        if code is not None:
+            return code.state(vp_index)
         self._session(vp_index)
         raise Unsupported(f"vCPU {vp_index} of VTL1", "the policy personality runs no guest code and has no registers")
+
+    def events(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[vcpu_pb2.EventsResponse]:
+        """Interrupts for vCPUs of VTL1 that are not entered; the policy personality has none, its stream is silent.
+
+        Args:
+            on_end: see vtlab.vcpu.Wakes.stream.
+        """
+        code = self._code
+        return code.events(on_end) if code is not None else self._silence.stream(on_end)
+
+    def _guest_code(self, vp_index: int) -> GuestCode | None:
+        """VTL1 where it is guest code. Raises NotFound for a vCPU that the machine does not have."""
+        code, machine = self._code, self._machine
+        if code is not None and machine is not None and vp_index >= len(machine.processors):
+            raise NotFound(f"vCPU {vp_index}", f"the machine has {len(machine.processors)}")
+        return code
 
     def _session(self, vp_index: int) -> Session:
         sessions = self._sessions
@@ -171,6 +215,12 @@ class Monitor:
         if machine is None or machine.vm != vm:
             raise NotFound(vm or "machine", "the monitor does not guard it")
         return machine
+
+
+def _guest_code(ram: Ram, vp_count: int) -> GuestCode:
+    from vtl1_monitor.guest_code import GuestCode  # loads the emulator, which no policy needs
+
+    return GuestCode(ram, vp_count)
 
 
 def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:

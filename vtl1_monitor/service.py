@@ -48,9 +48,7 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
     def Events(
         self, request: vcpu_pb2.EventsRequest, context: grpc.ServicerContext
     ) -> Iterator[vcpu_pb2.EventsResponse]:
-        # The policy personality has no interrupts and no deadlines: the stream stays open and silent.
-        _ended(context).wait()
-        yield from ()
+        yield from self._monitor.events(context.add_callback)
 
 
 class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):

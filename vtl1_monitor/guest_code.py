@@ -1,0 +1,113 @@
+"""The guest-code personality: VTL1 is machine code that VTL0 supplied, on a processor core of its own.
+
+The core sees all memory, each page in the file that holds it, and has its own local APIC, SynIC, timers and serial
+ports. What it does that a machine must answer (hypercalls, MSRs, CPUID) exits to the VMM like VTL0's does. No rule of a
+policy applies here: who supplied the code decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from vtl0_guest.cpu import levels
+from vtl0_guest.cpu.core import Core
+from vtl0_guest.cpu.devices.bus import Platform
+from vtl0_guest.cpu.devices.platform import build_platform
+from vtl0_guest.cpu.processor import Processor
+from vtlab.errors import WrongState
+from vtlab.hyperv.layouts import ENTRY_REASON_INTERRUPT, ENTRY_REASON_VTL_CALL
+from vtlab.ram import Ram
+from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.vcpu import Vcpu, Wakes
+
+VTL = 1
+# Seconds that a kicked vCPU may take to exit.
+_STOP_TIMEOUT = 5.0
+
+
+class GuestCodeProcessor:
+    """A processor of the core, entered as the higher level of its vCPU (vtlab.vcpu.Processor)."""
+
+    def __init__(self, processor: Processor, platform: Platform) -> None:
+        self._processor = processor
+        self._platform = platform
+        self.kick = processor.kick
+        self.state = processor.state
+
+    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """As Processor.run; an entry for an interrupt that is none, by TPR and priority, exits with KICKED at once."""
+        if enter.reason == vcpu_pb2.ENTER_REASON_INTERRUPT:
+            return self._interrupt(enter)
+        if enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
+            levels.note_entry(self._processor.context, ENTRY_REASON_VTL_CALL, enter.registers)
+        return self._processor.run(enter)
+
+    def _interrupt(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Updates first, since one of them may raise the interrupt; nothing runs if none is deliverable then."""
+        context = self._processor.context
+        self._processor.kick()
+        updated = self._processor.run(vcpu_pb2.Enter(resolution=enter.resolution, updates=enter.updates))
+        if not updated.HasField("kicked") or self._platform.pending_vector(context.vp_index) is None:
+            return updated
+        levels.note_entry(context, ENTRY_REASON_INTERRUPT, enter.registers)
+        exit_ = self._processor.run(vcpu_pb2.Enter(registers=enter.registers, shared=enter.shared))
+        both = [*updated.serial, *exit_.serial], [*updated.synic_delivered, *exit_.synic_delivered]
+        del exit_.serial[:], exit_.synic_delivered[:]
+        exit_.serial.extend(both[0])
+        exit_.synic_delivered.extend(both[1])
+        return exit_
+
+
+class GuestCode:
+    """VTL1 of one machine. Thread-safe."""
+
+    def __init__(self, ram: Ram, vp_count: int) -> None:
+        """`ram` must outlive it. Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library)."""
+        self._platform = build_platform(vp_count, ram.size)
+        self._core = Core(ram, vp_count, VTL, self._platform)
+        self._core.shares_state = True
+        self._wakes = Wakes()
+        self._vcpus = [
+            Vcpu(index, VTL, GuestCodeProcessor(self._core.processor(index), self._platform))
+            for index in range(vp_count)
+        ]
+        core_wakes = self._platform.on_wake
+
+        def on_wake(vp_index: int) -> None:
+            core_wakes(vp_index)
+            self._woken(vp_index)
+
+        self._platform.on_wake = on_wake
+
+    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """Executes an enter of a vCPU that exists. Raises as Session.answer()."""
+        exit_ = self._vcpus[enter.vp_index].answer(enter)
+        if exit_.HasField("hypercall"):
+            self._woken(enter.vp_index)  # what came while it ran, and was not taken before it may be a VTL return
+        return exit_
+
+    def kick(self, vp_index: int, sequence: int) -> bool:
+        return self._vcpus[vp_index].kick(sequence)
+
+    def state(self, vp_index: int) -> registers_pb2.ProcessorState:
+        """Raises WrongState while that vCPU runs."""
+        return self._vcpus[vp_index].state()
+
+    def events(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[vcpu_pb2.EventsResponse]:
+        """Interrupts that became deliverable on vCPUs that were not entered."""
+        return self._wakes.stream(on_end)
+
+    def close(self) -> None:
+        """Ends what runs and lets go of the memory. Raises WrongState if a vCPU does not exit."""
+        self._wakes.close()
+        for vcpu in self._vcpus:
+            if not vcpu.stop(_STOP_TIMEOUT):
+                raise WrongState(vcpu.name, state="running", operation="let go of its machine")
+        self._core.close()
+
+    def _woken(self, vp_index: int) -> None:
+        if not self._wakes.heard or self._vcpus[vp_index].running:
+            return
+        vector = self._platform.pending_vector(vp_index)
+        if vector is not None:
+            self._wakes.report(vp_index, vector)
