@@ -18,9 +18,6 @@ from unicorn.unicorn_const import (
     UC_HOOK_BLOCK,
     UC_HOOK_INSN,
     UC_HOOK_INTR,
-    UC_HOOK_MEM_FETCH_PROT,
-    UC_HOOK_MEM_READ_PROT,
-    UC_HOOK_MEM_UNMAPPED,
     UC_HOOK_MEM_WRITE_PROT,
 )
 from unicorn.x86_const import (
@@ -53,6 +50,9 @@ _TSC_AUX_OFFSET, _XCR0_OFFSET = 72, 80
 _VENDOR = b"AuthenticAMD"
 _XSAVE_COMPONENTS = len(_VENDOR) + 4 + 21 * 8
 _PROBE_ERROR = 0x1238
+# Of `begin` and `end` in Unicorn's struct hook.
+_HOOK_RANGE = 24
+_NOWHERE = 0x5A17_0000_0000_0000  # no code is at an address that is not canonical
 
 # Creating engines patches and searches process memory; once at a time.
 _creation = threading.Lock()
@@ -73,7 +73,6 @@ class Engine:
     Attributes:
         state: the processor's structure as bytes; offsets in layout.py. Only while the engine is stopped.
         words: the same as 64-bit words.
-        mailbox: the native hooks' words; any thread may set STOP and PENDING.
         vectors: x87 and SSE registers.
     """
 
@@ -93,18 +92,17 @@ class Engine:
         self.words = self.state.cast("Q")
         self._map_memory()
         self._mailbox = (ctypes.c_char * native_hooks.MAILBOX_SIZE)()
-        self.mailbox = memoryview(self._mailbox).cast("B")
-        self.mailbox_words = self.mailbox.cast("I")
-        self._mailbox_halves = self.mailbox.cast("H")
-        self._mailbox_quads = self.mailbox.cast("Q")
-        self._hooks = native_hooks.NativeHooks(found.processor, found.environment)
+        mailbox = memoryview(self._mailbox).cast("B")
+        self._mailbox_words = mailbox.cast("I")
+        self._mailbox_quads = mailbox.cast("Q")
+        self._lines = layout.InterruptLines(found)
+        self._stop = self._pending = False
         self._tlb_flush_page = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)(
             address_of("tlb_flush_page_x86_64")
         )
         self._invalidate = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)(
             address_of("tb_invalidate_phys_range_x86_64")
         )
-        self._install_hooks()
         self._enter_guest_mode(nested.root(False))
         self.vectors = Vectors(self._uc, self.state)
 
@@ -129,7 +127,8 @@ class Engine:
         self._uc.mem_map_ptr(HIDDEN_BASE, _HIDDEN_SIZE, UC_PROT_ALL, self._hidden_address)
         self._exitinfo2 = ctypes.c_uint64.from_address(self._hidden_address + _VMCB - HIDDEN_BASE + vmcb.EXITINFO2)
 
-    def _add_hook(self, kind: int, function: int, *instruction: int) -> None:
+    def _add_hook(self, kind: int, function: int, *instruction: int, begin: int = 1, end: int = 0) -> int:
+        """Returns the handle, which is the address of Unicorn's `struct hook`."""
         handle = ctypes.c_size_t()
         status = library.uc_hook_add(
             self._handle,
@@ -137,70 +136,120 @@ class Engine:
             ctypes.c_int(kind),
             ctypes.c_void_p(function),
             ctypes.c_void_p(ctypes.addressof(self._mailbox)),
-            ctypes.c_uint64(1),
-            ctypes.c_uint64(0),
+            ctypes.c_uint64(begin),
+            ctypes.c_uint64(end),
             *(ctypes.c_int(number) for number in instruction),
         )
         if status:
             raise EngineUnsupported(f"Unicorn engine: hook {kind} refused with error {status}")
+        return handle.value
 
     def _install_hooks(self) -> None:
-        self._uc.ctl_exits_enabled(True)  # without an `until` address, whose clean-up would walk the nested table
-        self._uc.ctl_set_exits([])
-        self._add_hook(UC_HOOK_INTR, self._hooks.exit)
-        self._add_hook(UC_HOOK_BLOCK, self._hooks.block)
+        found = self.layout
+        hooks = native_hooks.NativeHooks(
+            found.processor,
+            found.environment,
+            ctypes.addressof(self._mailbox),
+            found.environment + self._nested_cr3 * 8,
+            self._lines.address,
+        )
+        self._hooks = hooks  # the code lives as long as the engine
+        self._add_hook(UC_HOOK_INTR, hooks.exit)
         for instruction, function in (
-            (UC_X86_INS_IN, self._hooks.port_in),
-            (UC_X86_INS_OUT, self._hooks.port_out),
-            (UC_X86_INS_SYSCALL, self._hooks.syscall),
-            (UC_X86_INS_SYSENTER, self._hooks.sysenter),
+            (UC_X86_INS_IN, hooks.port_in),
+            (UC_X86_INS_OUT, hooks.port_out),
+            (UC_X86_INS_SYSCALL, hooks.syscall),
+            (UC_X86_INS_SYSENTER, hooks.sysenter),
         ):
             self._add_hook(UC_HOOK_INSN, function, instruction)
-        self._add_hook(UC_HOOK_MEM_WRITE_PROT, self._hooks.store_refused)
-        self._add_hook(UC_HOOK_MEM_UNMAPPED | UC_HOOK_MEM_READ_PROT | UC_HOOK_MEM_FETCH_PROT, self._hooks.unmapped)
+        # Only where there is something to refuse: stores to pages under such a hook are slow, and the engine compares
+        # its range with virtual addresses of code too.
+        for region in self._regions.values():
+            if not region.writable:
+                last = region.base + region.size - 1
+                self._add_hook(UC_HOOK_MEM_WRITE_PROT, hooks.store_refused, begin=region.base, end=last)
+        # begin and end of the block hook's range: begin > end means everywhere, an address that no code has nowhere.
+        handle = self._add_hook(UC_HOOK_BLOCK, hooks.block)
+        self._block_range = (ctypes.c_uint64 * 2).from_address(handle + _HOOK_RANGE)
+        if tuple(self._block_range) != (1, 0):
+            raise EngineUnsupported("Unicorn engine: a hook's range is not where it should be")
+        self._watching = True
+        layout.replace_tlb_fill(found, hooks.translate)
 
     def _enter_guest_mode(self, nested_root: int) -> None:
         """VMRUN into a probe whose known fault checks the offsets that have no register to compare with."""
         uc, hidden = self._uc, self._hidden
-        probe_nested = NestedProbe(self)
+        probe_root = self._build_probe()
+        uc.ctl_exits_enabled(True)  # without an `until` address, whose clean-up would walk the nested table
+        uc.ctl_set_exits([])
+        first = uc.hook_add(UC_HOOK_INTR, lambda engine, _number, _data: engine.emu_stop())
         uc.msr_write(Msr.EFER, uc.msr_read(Msr.EFER) | Efer.SVME | Efer.NXE)  # NXE, or nested no-execute is ignored
         uc.msr_write(Msr.VM_HSAVE_PA, _HSAVE)
         uc.reg_write(
             UC_X86_REG_CR4, uc.reg_read(UC_X86_REG_CR4) | 1 << 5
         )  # PAE, or the nested table is read as 2-level
         hidden[0 : len(_EPYC_SVM)] = _EPYC_SVM
-        block = vmcb.build(_IO_MAP, _MSR_MAP, probe_nested.root, 0, _PROBE_ERROR)
+        block = vmcb.build(_IO_MAP, _MSR_MAP, probe_root, 0, _PROBE_ERROR)
         hidden[_VMCB - HIDDEN_BASE : _VMCB - HIDDEN_BASE + len(block)] = block
         hidden[_MSR_MAP - HIDDEN_BASE : _MSR_MAP - HIDDEN_BASE + 0x2000] = b"\xff" * 0x2000
-        hidden[_PROBE - HIDDEN_BASE : _PROBE - HIDDEN_BASE + 2] = b"\x8e\xd8"  # mov ds, ax
         uc.reg_write(UC_X86_REG_RAX, _VMCB)
-        self._open_guards(_STUB)
-        self._run_to_first_exit()
-        needle = struct.pack("<Q", _VMCB)
-        at = bytes(self.state).find(needle)
+        uc.emu_start(_STUB, 0)
+        self._locate(probe_root)
+        if self.error_code != _PROBE_ERROR:
+            raise EngineUnsupported(f"Unicorn engine: the probe ended with error {self.error_code:#x}")
+        uc.hook_del(first)
+        # Once more through the native hooks, with a nested CR3 that only they can put right.
+        self._install_hooks()
+        self.set_budget(native_hooks.UNLIMITED)
+        self.set_roots(probe_root, probe_root)
+        self.words[self._nested_cr3] = 0
+        self.arm_guards()
+        self.flush_code()
+        reason = self.run()
+        if reason != native_hooks.Reason.EXIT or self.detail != 0x100 + vmcb.ExitCode.EXCEPTION + 13:
+            raise EngineUnsupported(
+                f"Unicorn engine: the probe ended with {reason} {self.detail:#x} at the native hooks"
+            )
+        self._check_interrupt_line()
+        self.xcr0 = 1
+        self._close_xsetbv()
+        self.set_roots(nested_root, nested_root)
+        self.flush_code()
+
+    def _build_probe(self) -> int:
+        """A nested table of one page with a faulting instruction, in the hidden range itself; returns its root."""
+        tables = [HIDDEN_BASE + number * 0x1000 for number in (9, 10, 11, 12)]
+        for table, target in zip(tables, [*tables[1:], _PROBE], strict=True):
+            self._hidden[table - HIDDEN_BASE : table - HIDDEN_BASE + 8] = struct.pack("<Q", target | 0x67)
+        self._hidden[_PROBE - HIDDEN_BASE : _PROBE - HIDDEN_BASE + 2] = b"\x8e\xd8"  # mov ds, ax
+        return tables[0]
+
+    def _locate(self, probe_root: int) -> None:
+        """Finds the fields around the VMCB's address, and checks each by its value."""
+        at = bytes(self.state).find(struct.pack("<Q", _VMCB))
         if at < 0 or struct.unpack_from("<Q", self.state, at + _DR7_OFFSET)[0] != 0x400:
             raise EngineUnsupported("Unicorn engine: VMCB address and DR7 are not where they should be")
         self._error_code = at + _ERROR_CODE_OFFSET
-        intercepts = at + 16
-        if struct.unpack_from("<Q", self.state, intercepts)[0] != vmcb.INTERCEPTS:
+        self._intercepts = at + 16
+        if struct.unpack_from("<Q", self.state, self._intercepts)[0] != vmcb.INTERCEPTS:
             raise EngineUnsupported("Unicorn engine: the intercepts are not where they should be")
         # intercept, four u16 of CR and DR, exceptions u32 (padded), nested CR3.
-        self._nested_cr3 = (intercepts + 24) // 8
-        if self.words[self._nested_cr3] != probe_nested.root:
+        self._nested_cr3 = (self._intercepts + 24) // 8
+        if self.words[self._nested_cr3] != probe_root:
             raise EngineUnsupported("Unicorn engine: the nested CR3 is not where it should be")
-        if self.detail != 0x100 + vmcb.ExitCode.EXCEPTION + 13 or self.error_code != _PROBE_ERROR:
-            raise EngineUnsupported(
-                f"Unicorn engine: the probe ended with {self.detail:#x}, error {self.error_code:#x}"
-            )
-        self._intercepts = intercepts
         self._tsc_offset = (at + _TSC_OFFSET_OFFSET) // 8
         star = self.layout.msrs[Msr.STAR]
         self._tsc_aux, self._xcr0 = (star + _TSC_AUX_OFFSET) // 8, (star + _XCR0_OFFSET) // 8
         if self.words[self._xcr0] != 3 or self.words[self._tsc_offset] != 0:
             raise EngineUnsupported("Unicorn engine: XCR0 and the TSC offset are not where they should be")
-        self.xcr0 = 1
-        self._close_xsetbv()
-        self.set_root(nested_root)
+
+    def _check_interrupt_line(self) -> None:
+        """A request must end the run at once, as the exit that AMD-V gives it."""
+        self.set_stop()
+        reason = self.run()
+        self.clear_stop()
+        if reason != native_hooks.Reason.EXIT or self.detail != 0x100 + vmcb.ExitCode.NMI:
+            raise EngineUnsupported("Unicorn engine: the interrupt request is not where it should be")
 
     def _close_xsetbv(self) -> None:
         """Takes all components from the engine's CPUID leaf 0xD, so that each XSETBV faults and the core decides."""
@@ -212,21 +261,6 @@ class Engine:
             raise EngineUnsupported("Unicorn engine: the XSAVE components are not where they should be")
         struct.pack_into("<QQ", self.state, components, 0, 0)
 
-    def _run_to_first_exit(self) -> None:
-        """The guards learn CR3 and TR from the first block inside the guest."""
-        for _ in range(4):
-            reason = self.run()
-            if reason == native_hooks.Reason.EXIT:
-                return
-            if reason != native_hooks.Reason.TASK_SWITCH:
-                break
-            self._open_guards(self.words[layout.RIP // 8])
-        raise EngineUnsupported("Unicorn engine: VMRUN did not reach the probe")
-
-    def _open_guards(self, rip: int) -> None:
-        self.arm_guards()
-        self.words[layout.RIP // 8] = rip
-
     # ------------------------------------------------------------------------------------------------- running
 
     def arm_guards(self) -> None:
@@ -236,13 +270,27 @@ class Engine:
             (layout.SEGMENTS + 7 * layout.SEGMENT_SIZE + 8) // 8
         ]
 
+    def watch_blocks(self, on: bool) -> None:
+        """Switches the block hook for blocks translated from now on.
+
+        It is on outside long mode, where hardware task switches exist. Blocks of long mode and of the others are never
+        mixed up, since EFER.LMA is part of a block's key.
+        """
+        if on != self._watching:
+            self._watching = on
+            self._block_range[0], self._block_range[1] = (1, 0) if on else (_NOWHERE, _NOWHERE)
+
     def run(self) -> int:
         """Runs from the present RIP until something stops it; returns native_hooks.Reason. The GIL is released.
 
         Raises UcError for what no hook explains: the caller stops the processor.
         """
-        words = self.mailbox_words
+        words = self._mailbox_words
         words[native_hooks.REASON // 4] = 0
+        if self._pending:
+            self._lines.raise_interrupt()
+        if self._stop:
+            self._lines.raise_nmi()
         status = library.uc_emu_start(
             self._handle,
             ctypes.c_uint64(self.words[layout.RIP // 8]),
@@ -257,7 +305,7 @@ class Engine:
     @property
     def detail(self) -> int:
         """Exit number or port."""
-        return self.mailbox_words[native_hooks.DETAIL // 4]
+        return self._mailbox_words[native_hooks.DETAIL // 4]
 
     @property
     def error_code(self) -> int:
@@ -272,7 +320,7 @@ class Engine:
     @property
     def port_size(self) -> int:
         """Bytes of the port access or refused store."""
-        return self.mailbox_words[native_hooks.SIZE // 4]
+        return self._mailbox_words[native_hooks.SIZE // 4]
 
     @property
     def value(self) -> int:
@@ -312,36 +360,37 @@ class Engine:
         self.words[self._xcr0] = value
 
     def set_stop(self) -> None:
-        """Makes `run` return at the next block boundary. From any thread."""
-        self.mailbox_words[native_hooks.STOP // 4] = 1
+        """Makes `run` end with the exit NMI at the next block. From any thread; holds until cleared."""
+        self._stop = True
+        self._lines.raise_nmi()
 
     def clear_stop(self) -> None:
-        self.mailbox_words[native_hooks.STOP // 4] = 0
+        self._stop = False
+        self._lines.lower_nmi()
 
     def set_pending(self, waiting: bool) -> None:
-        """Makes `run` return at the first block where an interrupt can be taken. From any thread."""
-        self._mailbox_halves[native_hooks.PENDING // 2] = int(waiting)
+        """Makes `run` end with the exit INTERRUPT as soon as an interrupt can be taken. From any thread."""
+        self._pending = waiting
+        if waiting:
+            self._lines.raise_interrupt()
+        else:
+            self._lines.lower_interrupt()
 
     @property
     def pending(self) -> bool:
         """An interrupt may wait."""
-        return bool(self._mailbox_halves[native_hooks.PENDING // 2])
+        return self._pending
 
-    def set_budget(self, blocks: int | None) -> None:
-        """Blocks that `run` may start before it returns BUDGET_SPENT; None for no limit. Only while not running."""
-        self._mailbox_quads[native_hooks.BUDGET // 8] = blocks or 0
-        self._mailbox_halves[native_hooks.COUNTING // 2] = blocks is not None
+    def set_budget(self, blocks: int) -> None:
+        """Blocks that `run` may start before it returns BUDGET_SPENT; counted while `watch_blocks` is on."""
+        self._mailbox_quads[native_hooks.BUDGET // 8] = blocks
 
     # ----------------------------------------------------------------------------------------------- translation
 
-    def set_root(self, root: int) -> None:
-        """Nested root from the next translation on."""
-        self.words[self._nested_cr3] = root
-
-    def expect_privilege(self, cpl: int | None) -> None:
-        """Stops with ROOT_SWAP when CPL is another one; None switches that off."""
-        self.mailbox_words[native_hooks.CPL_MASK // 4] = 0 if cpl is None else 3
-        self.mailbox_words[native_hooks.CPL_EXPECTED // 4] = cpl or 0
+    def set_roots(self, kernel: int, user: int) -> None:
+        """Nested roots from the next translation on, below CPL3 and at CPL3."""
+        self._mailbox_quads[native_hooks.KERNEL_ROOT // 8] = kernel
+        self._mailbox_quads[native_hooks.USER_ROOT // 8] = user
 
     def flush_translations(self) -> None:
         """Forgets all address translations, guest and nested."""
@@ -367,14 +416,3 @@ class Engine:
         self.state.release()
         self.words.release()
         del self._uc
-
-
-class NestedProbe:
-    """A nested table of one page, the probe, in the hidden range itself."""
-
-    def __init__(self, engine: Engine) -> None:
-        tables = [HIDDEN_BASE + number * 0x1000 for number in (9, 10, 11, 12)]
-        self.root = tables[0]
-        for table, target in zip(tables, [*tables[1:], _PROBE], strict=True):
-            offset = table - HIDDEN_BASE
-            engine._hidden[offset : offset + 8] = struct.pack("<Q", target | 0x67)

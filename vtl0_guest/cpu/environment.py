@@ -255,6 +255,7 @@ class Environment:
             if not flat or ss.base or self.segment(Seg.DS).base or self.segment(Seg.ES).base:
                 flags |= _ADD_SEGMENT
         _U32.pack_into(state, layout.HIDDEN_FLAGS, flags)
+        self._engine.watch_blocks(not lma)
 
     # ---------------------------------------------------------------------------------------------------- MSRs
 

@@ -25,7 +25,7 @@ from unicorn.x86_const import (
     UC_X86_REG_R15,
 )
 
-from vtl0_guest.cpu.unicorn_library import EngineUnsupported
+from vtl0_guest.cpu.unicorn_library import EngineUnsupported, address_of
 from vtlab.x86.registers import Msr
 
 # Byte offsets in CPUX86State, in its order.
@@ -171,3 +171,57 @@ def _find_msrs(uc: Uc, environment: int) -> dict[int, int]:
             raise EngineUnsupported(f"Unicorn engine: {msr.name} is {offsets[msr] - star} bytes from STAR")
     offsets[Msr.TSC_AUX] = star + 72
     return offsets
+
+
+def replace_tlb_fill(found: Layout, function: int) -> None:
+    """Puts `function` before QEMU's tlb_fill: the pointer is in the class of the processor, inside its structure."""
+    wanted = struct.pack("<Q", address_of("x86_cpu_tlb_fill_x86_64"))
+    at = ctypes.string_at(found.environment, STRUCTURE_SIZE).find(wanted)
+    if at < 0:
+        raise EngineUnsupported("Unicorn engine: the processor's class is not in its structure")
+    ctypes.c_uint64.from_address(found.environment + at).value = function
+
+
+class InterruptLines:
+    """The interrupt lines of one engine: AMD-V's intercepts of INTR and NMI turn them into exits.
+
+    Each line is a byte of its own, so any thread may raise it; the word that breaks up chained blocks is set after it,
+    as QEMU's cpu_interrupt does. Every exit lowers both (native_hooks.py), so what is asked for is remembered by the
+    caller. Both places are read from the code of functions that use them.
+
+    Attributes:
+        address: of the two lines, for the native hooks.
+    """
+
+    _HARD, _NMI = 0x02, 0x02  # CPU_INTERRUPT_HARD in the first byte, CPU_INTERRUPT_NMI in the second
+
+    def __init__(self, found: Layout) -> None:
+        reset = ctypes.string_at(address_of("cpu_reset_interrupt"), 6)  # not esi; and [rdi + n], esi; ret
+        if reset[:4] != b"\xf7\xd6\x21\x77" or reset[5] != 0xC3:
+            raise EngineUnsupported("Unicorn library: cpu_reset_interrupt is not the expected one")
+        self.address = found.processor + reset[4]
+        self._lines = (ctypes.c_uint8 * 2).from_address(self.address)
+        # mov r8, [rdi + n]; mov eax, [r8 + m]; test eax, eax
+        check = ctypes.string_at(address_of("helper_check_exit_request_x86_64"), 16)
+        distance = int.from_bytes(check[10:14], "little")
+        if check[:3] != b"\x4c\x8b\x87" or check[7:10] != b"\x41\x8b\x80" or check[14:] != b"\x85\xc0":
+            raise EngineUnsupported("Unicorn library: helper_check_exit_request is not the expected one")
+        if not found.environment - 0x40 <= found.processor + distance < found.environment:
+            raise EngineUnsupported("Unicorn engine: the exit request is not before the processor's state")
+        self._exit_request = ctypes.c_uint16.from_address(found.processor + distance + 2)
+
+    def raise_interrupt(self) -> None:
+        """Taken as soon as RFLAGS.IF and the interrupt shadow let it."""
+        self._lines[0] = self._HARD
+        self._exit_request.value = 0xFFFF
+
+    def lower_interrupt(self) -> None:
+        self._lines[0] = 0
+
+    def raise_nmi(self) -> None:
+        """Taken at the next block."""
+        self._lines[1] = self._NMI
+        self._exit_request.value = 0xFFFF
+
+    def lower_nmi(self) -> None:
+        self._lines[1] = 0

@@ -1,9 +1,9 @@
-"""Hooks in machine code: they record why the guest stops, and stop it exactly.
+"""Hooks in machine code: they record why the guest stops, and leave the block exactly there.
 
-A Python callback inside translated code costs a microsecond, and a stop that another thread asks for by `emu_stop`
-is not exact (a read-modify-write may run twice). These hooks run on the engine's thread at points where the state
-is exact: at the start of a block, at an exit, in IN/OUT, SYSCALL and SYSENTER, at a refused store. They fill the
-mailbox and leave.
+A Python callback inside translated code costs a microsecond and cannot leave a block. These functions run on the
+engine's thread at points where the state is exact: at an exit, in IN/OUT, SYSCALL and SYSENTER, at a refused store,
+where an address is translated, and, where that is switched on, at the start of each block. They fill the mailbox and
+leave.
 
 Calling convention: System V x86-64. The mailbox is the hooks' user data.
 """
@@ -20,10 +20,7 @@ from vtl0_guest.cpu import layout
 from vtl0_guest.cpu.unicorn_library import EngineUnsupported, address_of
 
 # Mailbox: byte offsets of its words.
-STOP = 0  # u32, set by any thread: stop at the next block
-PENDING = 4  # u16, set by any thread: an interrupt waits; stop at the first block where it can be taken
-COUNTING = 6  # u16: BUDGET counts
-BUDGET = 8  # i64, blocks left before the turn ends
+BUDGET = 8  # i64, blocks left; counted while the block hook is on
 REASON = 16  # u32, Reason
 DETAIL = 20  # u32: exit number, or port
 SIZE = 24  # u32, bytes
@@ -31,9 +28,11 @@ VALUE = 32  # u64
 ADDRESS = 40  # u64
 GUARD_CR3 = 48  # u64: CR3 as the core last saw it
 GUARD_TR = 56  # u64: TR base likewise
-CPL_MASK = 64  # u32: 3 if the nested roots of user and kernel differ, else 0
-CPL_EXPECTED = 68  # u32: hidden flags under CPL_MASK for which the present root holds
-MAILBOX_SIZE = 72
+KERNEL_ROOT = 64  # u64: nested root of translations below CPL3
+USER_ROOT = 72  # u64: of those at CPL3
+MAILBOX_SIZE = 80
+
+UNLIMITED = (1 << 63) - 1
 
 
 class Reason(IntEnum):
@@ -46,12 +45,8 @@ class Reason(IntEnum):
     SYSCALL = 4
     SYSENTER = 5
     STORE_REFUSED = 6  # a store to a page that is mapped read-only: VALUE, SIZE, ADDRESS (system-physical)
-    ASKED = 7
-    INTERRUPT_WINDOW = 8
-    BUDGET_SPENT = 9
-    TASK_SWITCH = 10  # CR3 or TR changed behind the core's back
-    UNMAPPED = 11
-    ROOT_SWAP = 12  # the privilege level changed and the nested roots differ
+    BUDGET_SPENT = 7
+    TASK_SWITCH = 8  # CR3 or TR changed behind the core's back
 
 
 def _movabs(register_opcode: bytes, value: int) -> bytes:
@@ -78,7 +73,7 @@ class _Jump(NamedTuple):
     label: str
 
 
-_JNE, _JE, _JS = b"\x0f\x85", b"\x0f\x84", b"\x0f\x88"
+_JNE, _JS = b"\x0f\x85", b"\x0f\x88"
 
 
 def _link(parts: list[bytes | _Jump | str]) -> bytes:
@@ -102,8 +97,8 @@ def _link(parts: list[bytes | _Jump | str]) -> bytes:
 class NativeHooks:
     """The machine code of one engine's hooks; every attribute is a function's address."""
 
-    def __init__(self, processor: int, environment: int) -> None:
-        """Takes the addresses of QEMU's CPUState and CPUX86State."""
+    def __init__(self, processor: int, environment: int, mailbox: int, nested_cr3: int, lines: int) -> None:
+        """Takes addresses: QEMU's CPUState, CPUX86State, the mailbox, the nested CR3, the interrupt lines."""
         emu_stop, loop_exit = address_of("uc_emu_stop"), address_of("cpu_loop_exit_x86_64")
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
@@ -118,9 +113,9 @@ class NativeHooks:
             + b"\xff\xe0"
         )
         stop = _movabs(_RAX, emu_stop) + b"\xff\xe0"
-        self.exit = self._add(
-            _store(DETAIL, "8972") + _reason("c742", Reason.EXIT) + stop
-        )  # (uc, esi number, rdx user)
+        # (uc, esi number, rdx user). The interrupt lines are lowered, or the engine would never look at the stop.
+        lower = _movabs(_RAX, lines) + b"\x66\xc7\x00\x00\x00"  # mov word [rax], 0
+        self.exit = self._add(_store(DETAIL, "8972") + _reason("c742", Reason.EXIT) + lower + stop)
         self.port_out = self._add(  # (uc, esi port, edx size, ecx value, r8 user)
             _store(DETAIL, "418970")
             + _store(SIZE, "418950")
@@ -137,8 +132,8 @@ class NativeHooks:
         # (uc, esi type, rdx address, ecx size, r8 value, r9 user)
         record = _store(ADDRESS, "498951") + _store(SIZE, "418949") + _store(VALUE, "4d8941") + _store(DETAIL, "418971")
         self.store_refused = self._add(record + _reason("41c741", Reason.STORE_REFUSED) + leave)
-        self.unmapped = self._add(record + _reason("41c741", Reason.UNMAPPED) + leave)
         self.block = self._add(_block_code(environment, stop))
+        self.translate = self._add(_translate_code(mailbox, nested_cr3))
 
     def _add(self, code: bytes) -> int:
         if self._used + len(code) > len(self._code):
@@ -150,66 +145,49 @@ class NativeHooks:
 
 
 def _block_code(environment: int, stop: bytes) -> bytes:
-    """(uc, rsi address, edx size, rcx mailbox), run at the start of every block: what it costs, every block costs.
+    """(uc, rsi address, edx size, rcx mailbox), run at the start of a block: counts it, and compares CR3 and TR.
 
-    One comparison covers all that another thread or the core may ask for; the rest is two guards. CR3 and TR are
-    compared because a hardware task switch changes them without an exit, CPL because the nested roots may differ. The
-    window test reads RFLAGS.IF and the interrupt shadow in place.
+    A hardware task switch changes them without an exit.
     """
 
-    def field(opcode: str, offset: int) -> bytes:
-        return bytes.fromhex(opcode) + struct.pack("<i", offset)  # an instruction on [r10 + offset]
-
-    def test(offset: int, mask: int) -> bytes:
-        return field("41f782", offset) + struct.pack("<I", mask)  # test dword [r10 + offset], mask
+    def load(offset: int) -> bytes:
+        return b"\x49\x8b\x82" + struct.pack("<i", offset)  # mov rax, [r10 + offset]
 
     def end(reason: Reason) -> bytes:
         return _reason("c741", reason) + stop
 
-    tr_base = layout.SEGMENTS + 7 * layout.SEGMENT_SIZE + 8
-    guards = [
-        _movabs(_R10, environment),
-        field("498b82", layout.CR + 3 * 8),  # mov rax, [r10 + CR3]
-        _store(GUARD_CR3, "483341"),  # xor rax, [rcx + GUARD_CR3]
-        field("498b92", tr_base),  # mov rdx, [r10 + TR base]
-        _store(GUARD_TR, "483351"),  # xor rdx, [rcx + GUARD_TR]
-        b"\x48\x09\xd0",  # or rax, rdx
-        _Jump(_JNE, "switched"),
-        field("418b92", layout.HIDDEN_FLAGS),  # mov edx, [r10 + hidden flags]
-        _store(CPL_MASK, "2351"),  # and edx, [rcx + CPL_MASK]
-        _store(CPL_EXPECTED, "3351"),  # xor edx, [rcx + CPL_EXPECTED]
-        _Jump(_JNE, "root"),
-    ]
     return _link(
         [
-            _store(STOP, "488379") + b"\x00",  # cmp qword [rcx + STOP], 0: STOP, PENDING and COUNTING
-            _Jump(_JNE, "attention"),
-            *guards,
-            "return",
-            b"\xc3",
-            "attention",
-            _store(STOP, "8379") + b"\x00",  # cmp dword [rcx + STOP], 0
-            _Jump(_JNE, "asked"),
-            _store(COUNTING, "668379") + b"\x00",  # cmp word [rcx + COUNTING], 0
-            _Jump(_JE, "uncounted"),
             _store(BUDGET, "48ff49"),  # dec qword [rcx + BUDGET]
             _Jump(_JS, "spent"),
-            "uncounted",
-            *guards,
-            _store(PENDING, "668379") + b"\x00",  # cmp word [rcx + PENDING], 0
-            _Jump(_JE, "return"),
-            test(layout.RFLAGS, 0x200),
-            _Jump(_JE, "return"),
-            test(layout.HIDDEN_FLAGS, 0x8),
-            _Jump(_JNE, "return"),
-            end(Reason.INTERRUPT_WINDOW),
-            "asked",
-            end(Reason.ASKED),
+            _movabs(_R10, environment),
+            load(layout.CR + 3 * 8),
+            _store(GUARD_CR3, "483941"),  # cmp [rcx + GUARD_CR3], rax
+            _Jump(_JNE, "switched"),
+            load(layout.SEGMENTS + 7 * layout.SEGMENT_SIZE + 8),
+            _store(GUARD_TR, "483941"),
+            _Jump(_JNE, "switched"),
+            b"\xc3",
             "spent",
             end(Reason.BUDGET_SPENT),
             "switched",
             end(Reason.TASK_SWITCH),
-            "root",
-            end(Reason.ROOT_SWAP),
         ]
+    )
+
+
+def _translate_code(mailbox: int, nested_cr3: int) -> bytes:
+    """Stands before QEMU's tlb_fill (cpu, address, size, access, r8d MMU index, ...): chooses the nested root.
+
+    The engine keeps separate TLBs for CPL3 and below, so what a root allows is only ever used at its own level.
+    """
+    return (
+        _movabs(_RAX, mailbox)
+        + _store(KERNEL_ROOT, "4c8b50")  # mov r10, [rax + KERNEL_ROOT]
+        + b"\x41\x83\xf8\x01"  # cmp r8d, MMU_USER_IDX
+        + _store(USER_ROOT, "4c0f4450")  # cmove r10, [rax + USER_ROOT]
+        + _movabs(_RAX, nested_cr3)
+        + b"\x4c\x89\x10"  # mov [rax], r10
+        + _movabs(_RAX, address_of("x86_cpu_tlb_fill_x86_64"))
+        + b"\xff\xe0"
     )

@@ -21,10 +21,12 @@ from vtlab.v1 import vcpu_pb2
 PAGE_SIZE = 4096
 _ENTRIES = 512
 
-# System-physical space in regions of 64 GiB. Nested entries only point into the first four.
+# System-physical space (40 bits) in regions of 64 GiB. Nested entries never point into the hidden and nested ones. The
+# regions that refuse stores lie where hardly any guest has code: the engine takes their addresses for virtual ones when
+# it decides whether a store may have changed code.
 REGION_SHIFT = 36
-WRITABLE_BASE, SEALED_BASE, PRIVATE_BASE, EXTRA_BASE, HIDDEN_BASE, NESTED_BASE = (
-    number << REGION_SHIFT for number in range(6)
+WRITABLE_BASE, HIDDEN_BASE, NESTED_BASE, PRIVATE_BASE, EXTRA_BASE, SEALED_BASE = (
+    number << REGION_SHIFT for number in (0, 1, 2, 3, 14, 15)
 )
 MAX_RAM = 1 << REGION_SHIFT
 

@@ -19,7 +19,7 @@ from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdo
 from vtl0_guest.cpu.gates import Event
 from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
 from vtl0_guest.cpu.instructions.table import TABLE
-from vtl0_guest.cpu.native_hooks import Reason
+from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
 from vtl0_guest.cpu.vmcb import ExitCode
@@ -67,7 +67,6 @@ class Processor:
         self._retried: tuple[int, int] | None = None
         self._awake = threading.Event()
         self._nested_generation = -1
-        self._user_root = False
         self._reasons: dict[int, Callable[[], Operation | None]] = {
             Reason.EXIT: self._on_exit,
             Reason.IN: self._on_port,
@@ -75,12 +74,8 @@ class Processor:
             Reason.SYSCALL: self._on_syscall,
             Reason.SYSENTER: self._on_sysenter,
             Reason.STORE_REFUSED: self._on_store_refused,
-            Reason.ASKED: self._on_asked,
-            Reason.INTERRUPT_WINDOW: self._on_nothing,
             Reason.BUDGET_SPENT: self._on_budget_spent,
             Reason.TASK_SWITCH: self._on_task_switch,
-            Reason.ROOT_SWAP: self._on_nothing,
-            Reason.UNMAPPED: self._on_unmapped,
         }
 
     # ------------------------------------------------------------------------------------------ from outside
@@ -290,20 +285,12 @@ class Processor:
         return self._deliver(Event(vector, None, self._environment.rip, external=True))
 
     def _synchronize(self) -> None:
-        """Nested rights that changed, and the root of the present privilege level."""
+        """Nested rights that changed, and the turn that another processor wants."""
         nested = self._core.nested
         if nested.generation != self._nested_generation:
             self._nested_generation = nested.generation
+            self._engine.set_roots(nested.root(False), nested.root(nested.split))
             self._engine.flush_translations()
-        if nested.split:
-            cpl = self._environment.cpl
-            user = cpl == 3
-            if user != self._user_root:
-                self._user_root = user
-                self._engine.set_root(nested.root(user))
-                # What the wrong root let in: the page of the block that was looked up before the swap was noticed.
-                self._engine.flush_translations()
-            self._engine.expect_privilege(cpl)
         if self._core.turns.wanted:
             self._yield_turn()
 
@@ -313,22 +300,13 @@ class Processor:
 
     # ------------------------------------------------------------------------------------------- stop reasons
 
-    def _on_nothing(self) -> Operation | None:
-        return None
-
-    def _on_asked(self) -> Operation | None:
-        self._engine.clear_stop()
-        return None
-
     def _on_budget_spent(self) -> Operation | None:
         """The block of an IRET that ends an NMI's handler is over."""
-        self._engine.set_budget(None)
+        self._engine.set_budget(UNLIMITED)
+        self._engine.watch_blocks(not self._environment.long_mode)
         self._nmi_blocked = False
         self._engine.set_pending(True)
         return None
-
-    def _on_unmapped(self) -> Operation | None:
-        raise CannotEmulate(f"access to system-physical {self._engine.address:#x}, where nothing is mapped")
 
     def _on_task_switch(self) -> Operation | None:
         raise CannotEmulate("a hardware task switch, which this processor does not have")
@@ -366,6 +344,11 @@ class Processor:
         code = self._engine.detail - _SVM
         if code < 0:
             raise CannotEmulate(f"exception {self._engine.detail} outside guest mode")
+        if code == ExitCode.INTERRUPT:
+            return None
+        if code == ExitCode.NMI:
+            self._engine.clear_stop()
+            return None
         if code == ExitCode.NESTED_PAGE_FAULT:
             return self._on_nested_page_fault()
         if ExitCode.EXCEPTION <= code <= ExitCode.LAST_EXCEPTION:
@@ -375,6 +358,8 @@ class Processor:
         if code == ExitCode.IRET:
             # NMIs may come again after this IRET: let its block run, and stop at the next one.
             self._engine.intercept(ExitCode.IRET, False)
+            self._engine.watch_blocks(True)
+            self._engine.flush_code()
             self._engine.set_budget(1)
             return None
         row = TABLE.get(code)
@@ -461,13 +446,7 @@ class Processor:
     def _on_nested_page_fault(self) -> Operation | None:
         engine = self._engine
         access = memory_faults.access_kind(engine.error_code)
-        if access == vcpu_pb2.ACCESS_KIND_EXECUTE and self._core.nested.split and self._root_is_stale():
-            return None  # the first fetch after a change of privilege; the block hook never came to see it
         raise NestedFault(engine.fault_address, access)
-
-    def _root_is_stale(self) -> bool:
-        """The privilege level is not the one that the present nested root serves."""
-        return (self._environment.cpl == 3) != self._user_root
 
     def _nested_fault(self, fault: NestedFault) -> Operation | None:
         """A device's registers, the hypercall page, or an exit."""

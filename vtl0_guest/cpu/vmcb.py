@@ -24,6 +24,8 @@ class ExitCode(IntEnum):
     DR0_WRITE = 0x30
     EXCEPTION = 0x40
     LAST_EXCEPTION = 0x5F
+    INTERRUPT = 0x60
+    NMI = 0x61
     IDTR_READ = 0x66
     GDTR_READ = 0x67
     LDTR_READ = 0x68
@@ -60,6 +62,8 @@ class ExitCode(IntEnum):
 _CR_READS = 1 << 0 | 1 << 8  # CR0 for SMSW and UMIP, CR8 for the local APIC
 _CR_WRITES = 0xFFFF & ~(1 << 2)  # CR2 is the guest's own
 _ALWAYS = (
+    ExitCode.INTERRUPT,
+    ExitCode.NMI,
     ExitCode.IDTR_READ,
     ExitCode.GDTR_READ,
     ExitCode.LDTR_READ,
