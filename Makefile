@@ -9,6 +9,9 @@ PROTOS := $(wildcard protos/vtlab/v1/*.proto)
 TESTS  ?= tests
 PYTEST_OPTIONS ?= -n auto --dist worksteal
 
+# Three processes start for every laboratory: without kept byte code each compiles the tree again, for a second in all.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint format protos check-protos bench kernel lock wheels up clean
 
