@@ -204,9 +204,10 @@ def battered(tmp_path_factory: pytest.TempPathFactory) -> Guest:
     return Guest(Ram(directory, RAM_SIZE, "vtl0"), directory)
 
 
-_PRIVILEGED_CODES = """0f22c0 0f22d8 0f22e0 0f20c0 0f30 0f32 0f0117 0f011f 0f00d8 0f00d0 f4 0fa2 0f01d1 0f01d8 cd80 cc f1
-cf 48cf cb 0f05 0f07 0f34 0f35 ff2b ff1b 0f23f8 0f21f8 fb fa 9d 8ed8 8ed0 6c 6e f36c ec ee 0faa 0f08 0f09 0f013b 0f01f8
-0fae23 0fae2b 0fc70b d9f6 dd23 8ee0"""
+_PRIVILEGED_CODES = """
+0f22c0 0f22d8 0f22e0 0f20c0 0f30 0f32 0f0117 0f011f 0f00d8 0f00d0 f4 0fa2 0f01d1 0f01d8 cd80 cc f1 cf 48cf cb 0f05
+0f07 0f34 0f35 ff2b ff1b 0f23f8 0f21f8 fb fa 9d 8ed8 8ed0 6c 6e f36c ec ee 0faa 0f08 0f09 0f013b 0f01f8 0fae23 0fae2b
+0fc70b d9f6 dd23 8ee0"""
 _PRIVILEGED = [bytes.fromhex(code) for code in _PRIVILEGED_CODES.split()]
 _LOADS = st.builds(
     lambda register, value: bytes([0xB8 + register]) + struct.pack("<I", value),
