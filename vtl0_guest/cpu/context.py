@@ -7,6 +7,7 @@ from vtl0_guest.cpu.devices.bus import MmioDevice, Platform
 from vtl0_guest.cpu.engine import Engine
 from vtl0_guest.cpu.environment import Environment, Seg
 from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
+from vtl0_guest.cpu.hyperv.virtual_processor import Partition, VirtualProcessor
 from vtl0_guest.cpu.intercepts import Intercepts
 from vtlab.x86.registers import Rflags
 
@@ -18,6 +19,7 @@ class Context:
     """One processor of one level.
 
     Attributes:
+        hyperv: synthetic interrupts, timers, clocks and pages.
         debug: DR0-DR3, DR6, DR7. They are the core's own: the engine never sees an armed breakpoint.
         shadows: MSRs that the core keeps for the guest and the engine does not have.
         trap_pending: an emulated instruction ran with RFLAGS.TF set, so #DB is due.
@@ -34,6 +36,7 @@ class Context:
         physical: PhysicalMemory,
         platform: Platform,
         shadows: dict[int, int],
+        partition: Partition,
     ) -> None:
         self.vp_index = vp_index
         self.vp_count = vp_count
@@ -43,6 +46,7 @@ class Context:
         self.memory = GuestMemory(physical, self.environment)
         self.platform = platform
         self.local_apic = platform.local_apic(vp_index)
+        self.hyperv = VirtualProcessor(vp_index, partition, platform)
         self.intercepts = Intercepts()
         self.debug = [0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self.shadows = shadows

@@ -12,6 +12,7 @@ from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import Platform
 from vtl0_guest.cpu.engine import Engine, Region
 from vtl0_guest.cpu.guest_memory import PhysicalMemory
+from vtl0_guest.cpu.hyperv.virtual_processor import Partition
 from vtl0_guest.cpu.nested import (
     ADDRESS,
     EXTRA_BASE,
@@ -74,8 +75,13 @@ class Core:
 
     shares_state = False
 
-    def __init__(self, ram: Ram, vp_count: int, vtl: int, platform: Platform) -> None:
-        """Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library) if this Unicorn is not the known one."""
+    def __init__(
+        self, ram: Ram, vp_count: int, vtl: int, platform: Platform, reference_start: float | None = None
+    ) -> None:
+        """`reference_start` is the platform clock's time at which the partition reference counter is 0; None: now.
+
+        Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library) if this Unicorn is not the known one.
+        """
         self.platform = platform
         self.vtl = vtl
         self.nested = NestedTable(ram.size, ram.size)
@@ -98,15 +104,18 @@ class Core:
         self._views = views
         self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
         self._physical = physical = PhysicalMemory(self.nested, views, self._stored)
+        partition = Partition(platform.clock, physical, vp_count, reference_start)
         self._processors = []
         for index in range(vp_count):
             engine = Engine(regions, self.nested)
-            context = Context(index, vp_count, vtl, engine, physical, platform, msrs.initial_shadows())
+            shadows = msrs.initial_shadows()
+            context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
             self._processors.append(Processor(self, context))
             self._hide_device_pages(context)
         self._closed = False
         self.output_waits = False
         self._timer_changed = threading.Condition()
+        self._rearmed = False
         platform.on_wake = self._wake
         platform.on_deadline = self._rearm
         self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
@@ -234,7 +243,12 @@ class Core:
 
     def _rearm(self) -> None:
         with self._timer_changed:
+            self._rearmed = True
             self._timer_changed.notify_all()
+
+    def look_again(self) -> None:
+        """A processor that is no longer entered has messages to deliver: the timer must look at it."""
+        self._rearm()
 
     def output_started(self) -> None:
         """Serial output waits: the timer must look at it."""
@@ -245,18 +259,23 @@ class Core:
         """Lets time pass for the devices, and sends serial output on its way."""
         platform = self.platform
         while True:
+            with self._timer_changed:
+                if self._closed:
+                    return
+                self._rearmed = False  # what changes from here on is seen before the wait
+            for processor in self._processors:
+                processor.serve_while_away()
             now = platform.clock.now()
             deadlines = [platform.next_deadline()]
             unsent = platform.serial.first_unsent
             if unsent is not None:
                 deadlines.append(unsent + _OUTPUT_DELAY)
             due = min((moment for moment in deadlines if moment is not None), default=None)
-            with self._timer_changed:
-                if self._closed:
-                    return
-                if due is None or due > now:
-                    self._timer_changed.wait(None if due is None else due - now)
-                    continue
+            if due is None or due > now:
+                with self._timer_changed:
+                    if not self._rearmed and not self._closed:
+                        self._timer_changed.wait(None if due is None else due - now)
+                continue
             platform.advance(now)
             if unsent is not None and unsent + _OUTPUT_DELAY <= now:
                 for processor in self._processors:

@@ -10,7 +10,7 @@ from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import GeneralProtection
 from vtl0_guest.cpu.environment import Seg
 from vtl0_guest.cpu.faults import general_protection
-from vtlab.hyperv.msrs import HvMsr
+from vtl0_guest.cpu.hyperv import msrs as synthetic
 from vtlab.x86.registers import Msr
 
 _CANONICAL = frozenset(
@@ -42,7 +42,6 @@ SHADOWS: dict[int, tuple[int, int]] = {
     Msr.MISC_ENABLE: (1, _ALL),
     _SYSCFG: (0, 0x7C0000),
     _HWCR: (0, _ALL),
-    HvMsr.VP_ASSIST_PAGE: (0, _ALL),
     # SVMDIS and LOCK: virtualization is switched off for good.
     _VM_CR: (0x18, 0),
 }
@@ -60,6 +59,7 @@ def modelled(context: Context, index: int) -> bool:
     return (
         index in context.shadows
         or index in _LOCAL_APIC
+        or index in synthetic.TABLE
         or index in _SEGMENT_BASES
         or index in (Msr.EFER, Msr.TSC)
         or context.environment.has_msr(index)
@@ -80,6 +80,11 @@ def read(context: Context, index: int) -> int:
             return context.local_apic.msr_read(index)
         except GeneralProtection:
             raise general_protection() from None
+    if index in synthetic.TABLE:
+        try:
+            return synthetic.read(context.hyperv, index)
+        except GeneralProtection:
+            raise general_protection() from None
     if index in context.shadows:
         return context.shadows[index]
     value = environment.msr(index)
@@ -87,7 +92,10 @@ def read(context: Context, index: int) -> int:
 
 
 def check(context: Context, index: int, value: int) -> int:
-    """The value that a write would leave in a modelled MSR. Raises #GP. The local APIC checks as it is written."""
+    """The value that a write would leave in a modelled MSR. Raises #GP.
+
+    The local APIC and the synthetic MSRs check as they are written.
+    """
     if index == Msr.EFER:
         return control.check_efer(context.control_state(), value)
     if index in _CANONICAL:
@@ -107,7 +115,7 @@ def check(context: Context, index: int, value: int) -> int:
 
 
 def write(context: Context, index: int, value: int) -> None:
-    """Stores a value that `check` gave. Raises #GP from the local APIC."""
+    """Stores a value that `check` gave. Raises #GP from the local APIC and the synthetic MSRs."""
     environment = context.environment
     if index == Msr.EFER:
         environment.set_efer(value)
@@ -115,10 +123,17 @@ def write(context: Context, index: int, value: int) -> None:
         segment = _SEGMENT_BASES[Msr(index)]
         environment.set_segment(segment, environment.segment(segment)._replace(base=value))
     elif index == Msr.TSC:
-        context.engine.tsc_offset = value - context.platform.clock.tsc() & _ALL
+        offset = value - context.platform.clock.tsc() & _ALL
+        context.engine.tsc_offset = offset
+        context.hyperv.partition.tsc_page.set_tsc_offset(context.vp_index, offset)
     elif index in _LOCAL_APIC:
         try:
             context.local_apic.msr_write(index, value)
+        except GeneralProtection:
+            raise general_protection() from None
+    elif index in synthetic.TABLE:
+        try:
+            synthetic.write(context.hyperv, index, value)
         except GeneralProtection:
             raise general_protection() from None
     elif index in context.shadows:
@@ -135,6 +150,7 @@ def every(context: Context) -> dict[int, int]:
         *context.shadows,
         *context.engine.layout.msrs,
         *_SEGMENT_BASES,
+        *synthetic.PLAIN,
         int(Msr.EFER),
         int(Msr.TSC),
         int(Msr.APIC_BASE),

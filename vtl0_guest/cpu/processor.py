@@ -67,6 +67,8 @@ class Processor:
         self._retried: tuple[int, int] | None = None
         self._awake = threading.Event()
         self._nested_generation = -1
+        self._running = False
+        context.hyperv.attend = self._ask
         self._reasons: dict[int, Callable[[], Operation | None]] = {
             Reason.EXIT: self._on_exit,
             Reason.IN: self._on_port,
@@ -86,12 +88,30 @@ class Processor:
         Raises:
             vtlab.errors.BadArgument: an update that this processor cannot take; nothing ran.
         """
+        self._running = True
         self._core.turns.take(self._ask)
+        runtime = self._context.hyperv.runtime
+        runtime.start()
         try:
             operation = self._enter(enter)
             while operation is None:
                 operation = self._step()
             return self._leave(operation)
+        finally:
+            runtime.stop()
+            self._core.turns.give()
+            self._running = False
+            if self._context.hyperv.synic.due:
+                self._core.look_again()
+
+    def serve_while_away(self) -> None:
+        """Delivers synthetic messages to a processor that is not entered. For the core's timer thread."""
+        hyperv = self._context.hyperv
+        if not hyperv.synic.due or self._running:
+            return
+        self._core.turns.take(self._ask)
+        try:
+            hyperv.synic.deliver()
         finally:
             self._core.turns.give()
 
@@ -120,6 +140,7 @@ class Processor:
         self._open = self._stopped = self._retried = None
         self._nmi_pending = self._nmi_blocked = False
         self._external.clear()
+        self._context.hyperv.reset()
         self._engine.intercept(ExitCode.IRET, False)
         self._engine.flush_code()
 
@@ -194,6 +215,8 @@ class Processor:
         if self._core.shares_state:
             message.shared.CopyFrom(levels.save_shared(self._context))
         self._output_due = False
+        if self._context.hyperv.synic.delivered:
+            message.synic_delivered.extend(self._context.hyperv.synic.take_delivered())
         if self._core.output_waits:
             self._core.output_waits = False
             message.serial.extend(self._core.platform.serial.drain())
@@ -239,6 +262,8 @@ class Processor:
                 context.trap_pending = False
                 context.debug[4] |= _DR6_BS
                 return self._deliver(Event(Vector.DB, None, self._environment.rip))
+            if context.hyperv.synic.due:
+                context.hyperv.synic.deliver()
             if self._engine.pending:
                 taken = self._take_interrupt()
                 if taken is not None:
@@ -251,11 +276,14 @@ class Processor:
 
     def _wait(self) -> None:
         """Sleeps in HLT until something happens, without the run token."""
+        runtime = self._context.hyperv.runtime
+        runtime.stop()
         self._core.turns.give()
         try:
             self._awake.wait()
         finally:
             self._core.turns.take(self._ask)
+            runtime.start()
         self._awake.clear()
         self._engine.clear_stop()
 
@@ -278,6 +306,8 @@ class Processor:
             return None
         if shadow or not self._environment.rflags & _IF:
             self._engine.set_pending(True)
+            if context.hyperv.idle:
+                context.hyperv.idle = context.halted = False
             return None
         vector = self._external.popleft() if own is None else platform.acknowledge(context.vp_index)
         context.halted = False
@@ -419,10 +449,10 @@ class Processor:
             return None
         if isinstance(value, vcpu_pb2.DebugExit):
             return Operation(vcpu_pb2.Exit(debug_exit=value))
-        return Operation(vcpu_pb2.Exit(reset_request=value))
-
         if isinstance(value, vcpu_pb2.PowerOff):
             return Operation(vcpu_pb2.Exit(power_off=value))
+        return Operation(vcpu_pb2.Exit(reset_request=value))
+
     def _on_syscall(self) -> Operation | None:
         calls.syscall(self._context, 2)
         return None
@@ -484,7 +514,7 @@ class Processor:
     def _deliver(self, event: Event) -> Operation | None:
         """Enters the handler; a triple fault or a refusal by the nested table becomes an exit."""
         context = self._context
-        context.halted = False
+        context.halted = context.hyperv.idle = False
         try:
             delivery.deliver(self._environment, context.memory, event)
         except Shutdown as shutdown:

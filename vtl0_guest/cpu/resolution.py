@@ -9,6 +9,7 @@ from vtl0_guest.cpu import delivery, levels, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, Shutdown, general_protection
 from vtl0_guest.cpu.gates import Event
+from vtl0_guest.cpu.hyperv import updates as synthetic
 from vtl0_guest.cpu.intercepts import Intercepts
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.vmcb import ExitCode
@@ -53,6 +54,10 @@ class Resolver:
                 self._core.invalidate_code(update.invalidate_code.gfns)
             elif kind == "hypercall_page":
                 self._core.set_hypercall_page(update.hypercall_page)
+            elif kind == "flush_translations":
+                self._context.engine.flush_translations()
+            elif kind in synthetic.CHECKS:
+                synthetic.CHECKS[kind](update)
 
     def finish(self, enter: vcpu_pb2.Enter) -> Iterator[Event]:
         """Registers, MSRs, input and events, after the last exit has ended. Yields what is to be delivered."""
@@ -72,6 +77,8 @@ class Resolver:
                 self._core.serial_input(update.serial_input)
             elif kind == "event":
                 yield from self._event(update.event)
+            elif kind in synthetic.APPLY:
+                synthetic.APPLY[kind](context.hyperv, update)
 
     def _event(self, event: vcpu_pb2.PendingEvent) -> Iterator[Event]:
         rip = self._context.environment.rip

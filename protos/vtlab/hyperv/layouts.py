@@ -162,6 +162,7 @@ def encode_initial_vp_context(values: list[RegisterValue], pat: int) -> bytes:
 
 # Fields of the VP assist page that a VTL switch uses.
 ASSIST_ENTRY_REASON_OFFSET: Final = 8
+ASSIST_VINA_OFFSET: Final = 12
 ASSIST_RETURN_RAX_OFFSET: Final = 16
 ASSIST_RETURN_RCX_OFFSET: Final = 24
 ENTRY_REASON_VTL_CALL: Final = 1

@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-# RDMSR and WRMSR of these indices always exit, whether one is implemented or not.
+# RDMSR and WRMSR of these indices exit unless the core models them (vtl0_guest.cpu.hyperv.msrs).
 SYNTHETIC_MSRS = range(0x4000_0000, 0x4000_0200)
 
 # HYPERCALL, VP_ASSIST_PAGE, REFERENCE_TSC and the like: enable [0], page number [63:12].

@@ -168,6 +168,16 @@ class Platform:
         if rearmed:
             self.on_deadline()
 
+    @property
+    def guard(self) -> Guard:
+        """The lock that orders all devices of the machine."""
+        return self._guard
+
+    def add_timed(self, devices: Iterable[TimedDevice]) -> None:
+        """Devices that the core adds: the synthetic timers."""
+        with self._guard:
+            self._timed += devices
+
     def local_apic(self, vp_index: int) -> LocalApic:
         return self._local_apics[vp_index]
 

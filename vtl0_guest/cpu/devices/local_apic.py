@@ -45,6 +45,8 @@ class LocalApic:
         vp_index: the processor; its initial APIC ID too.
         apic_base: IA32_APIC_BASE.
         on_end_of_interrupt: told the vector of each level-triggered interrupt that ends (the EOI broadcast).
+        auto_eoi: set of vectors that are over as soon as they are taken (SINT MSRs with auto-EOI), as a bit mask.
+        on_eoi: told the vector that each EOI ends.
     """
 
     def __init__(self, vp_index: int, guard: Guard, clock: Clock, bus: Sequence[LocalApic]) -> None:
@@ -54,6 +56,8 @@ class LocalApic:
         self._bus = bus
         self.on_end_of_interrupt: Callable[[int], None] = lambda _vector: None
         self.timer = ApicTimer(clock, guard, self._timer_fired)
+        self.auto_eoi = 0
+        self.on_eoi: Callable[[int], None] = lambda _vector: None
         self._handlers: dict[Register, Callable[[int], None]] = {
             Register.TPR: self._write_tpr,
             Register.EOI: self._write_eoi,
@@ -135,7 +139,7 @@ class LocalApic:
         if vector is None:
             return self._values[Register.SVR] & 0xFF
         self._irr &= ~(1 << vector)
-        self._isr |= 1 << vector
+        self._isr |= 1 << vector & ~self.auto_eoi
         return vector
 
     def take_nmi(self) -> bool:
@@ -223,6 +227,25 @@ class LocalApic:
                 else:
                     self._write(register, value)
 
+    def shortcut_read(self, register: Register) -> int:
+        """A register by its synthetic MSR, in either mode. Raises GeneralProtection while the APIC is disabled."""
+        self._require_enabled()
+        with self._guard:
+            return self._read(register)
+
+    def shortcut_write(self, register: Register, value: int) -> None:
+        """The other direction."""
+        self._require_enabled()
+        with self._guard:
+            if register == Register.ICR_HIGH:
+                self._values[register] = value if self.x2apic else value & _PLAIN[register]
+            else:
+                self._write(register, value)
+
+    def _require_enabled(self) -> None:
+        if not self.enabled:
+            raise GeneralProtection("the local APIC is disabled")
+
     def _x2apic_register(self, index: int) -> int:
         if not self.x2apic or not X2APIC_FIRST <= index <= X2APIC_LAST:
             raise GeneralProtection(f"MSR {index:#x}")
@@ -294,6 +317,7 @@ class LocalApic:
             self._isr &= ~(1 << vector)
             if self._tmr >> vector & 1:
                 self.on_end_of_interrupt(vector)
+            self.on_eoi(vector)
         self._wake_if_deliverable()
 
     def _wake_if_deliverable(self) -> None:

@@ -37,6 +37,8 @@ def _read(context: Context, index: int) -> Operation | None:
     value = msrs.read(context, index) if modelled else 0
     if modelled and not context.intercepts.msr_read(index):
         _set_result(context, value)
+        if context.hyperv.idle:
+            context.halted = True
         return None
     message = vcpu_pb2.Exit(msr=vcpu_pb2.MsrAccess(index=index, write=False, old_value=value))
     return Operation(message, complete if modelled else None, value, complete)
