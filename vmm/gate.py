@@ -38,15 +38,21 @@ class Gate:
         self._places = [Place.BUSY] * vp_count
         self._sequences = [0] * vp_count
         self._holds = 0
-        self._halted: set[int] = set()
+        # (VP index, VTL): a level that waits in HLT does not hold back the one above it.
+        self._halted: set[tuple[int, int]] = set()
+        self._interrupted: set[int] = set()
+        self._levels = [0] * vp_count
         self._flushing: set[int] = set()
         self._watchers = 0
         self._closed = False
 
     # ------------------------------------------------------------------------------------- the threads of the vCPUs
 
-    def enter(self, vp_index: int, sequence: int) -> bool:
+    def enter(self, vp_index: int, sequence: int, vtl: int = 0) -> bool:
         """Waits until this vCPU may run; it counts as INSIDE from then on.
+
+        Args:
+            vtl: the level that is entered. An interrupt for VTL1 lets VTL0 through although it halts, kicked.
 
         Returns:
             True if it has to be kicked before it is entered, since it is meant to apply updates and run nothing.
@@ -55,7 +61,7 @@ class Gate:
             Cancelled: the machine is being stopped.
         """
         with self._condition:
-            while self._holds or self._closed or vp_index in self._halted:
+            while self._holds or self._closed or self._waits(vp_index, vtl):
                 if self._closed:
                     raise Cancelled(f"vCPU {vp_index}", "the machine is being stopped")
                 if vp_index in self._flushing:
@@ -65,7 +71,11 @@ class Gate:
                 self._condition.wait()
             self._places[vp_index] = Place.INSIDE
             self._sequences[vp_index] = sequence
-            return vp_index in self._flushing
+            self._levels[vp_index] = vtl
+            return vp_index in self._flushing or (not vtl and vp_index in self._interrupted)
+
+    def _waits(self, vp_index: int, vtl: int) -> bool:
+        return (vp_index, vtl) in self._halted and (vtl > 0 or vp_index not in self._interrupted)
 
     def leave(self, vp_index: int) -> None:
         """The vCPU has exited."""
@@ -82,10 +92,17 @@ class Gate:
             self._flushing.discard(vp_index)
             self._condition.notify_all()
 
-    def halt(self, vp_index: int) -> None:
-        """The vCPU parks at its next enter until wake(): HLT that no interrupt can end."""
+    def halt(self, vp_index: int, vtl: int = 0) -> None:
+        """The vCPU parks at its next enter of that level until wake(): HLT that no interrupt can end."""
         with self._condition:
-            self._halted.add(vp_index)
+            self._halted.add((vp_index, vtl))
+
+    def take_interrupt(self, vp_index: int) -> bool:
+        """Whether an interrupt for VTL1 was reported, once."""
+        with self._condition:
+            waited = vp_index in self._interrupted
+            self._interrupted.discard(vp_index)
+            return waited
 
     # ------------------------------------------------------------------------------------------------ everybody else
 
@@ -108,10 +125,37 @@ class Gate:
             self.release()
             raise
 
-    def wake(self, vp_index: int) -> None:
+    def wake(self, vp_index: int, vtl: int = 0) -> None:
         """Ends halt()."""
         with self._condition:
-            self._halted.discard(vp_index)
+            self._halted.discard((vp_index, vtl))
+            self._condition.notify_all()
+
+    def interrupt(self, vp_index: int) -> None:
+        """VTL1 has an interrupt to take: VTL0 comes out, also from halt(), and whoever serves its exit switches."""
+        with self._condition:
+            self._interrupted.add(vp_index)
+            inside = self._places[vp_index] is Place.INSIDE and not self._levels[vp_index]
+            sequence = self._sequences[vp_index]
+            self._condition.notify_all()
+        if inside:
+            self._kick(vp_index, sequence)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Blocks a vCPU that is outside until `ready`, or until an interrupt for its VTL1, or anything that wants it in.
+
+        Raises:
+            Cancelled: the machine is being stopped.
+        """
+        with self._condition:
+            while not (ready() or self._interrupted or self._holds or self._flushing):
+                if self._closed:
+                    raise Cancelled("vCPU", "the machine is being stopped")
+                self._condition.wait()
+
+    def changed(self) -> None:
+        """Something that wait() looks at may have changed."""
+        with self._condition:
             self._condition.notify_all()
 
     def kick(self, vp_index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from vtlab.v1.registers_pb2 import ProcessorState
@@ -39,6 +40,12 @@ class Level(Protocol):
 
     def state(self, vp_index: int) -> ProcessorState:
         """Reads a vCPU that is not running."""
+
+    def listen(self, interrupted: Callable[[int], None]) -> None:
+        """Has `interrupted` called with a VP index when an interrupt waits for a vCPU that is not entered.
+
+        Calls come from another thread; a few may come late or for nothing.
+        """
 
     def hang_up(self) -> None:
         """Who waits in enter() gets Cancelled."""

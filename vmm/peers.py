@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
 import grpc
@@ -73,6 +73,8 @@ class RemoteLevel:
         self._deadlines: dict[int, float] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._runs_code = False
+        self._listening: grpc.Future | None = None
         if patience is not None:
             threading.Thread(target=self._watch, name=f"watch-vtl{vtl}", daemon=True).start()
 
@@ -80,9 +82,12 @@ class RemoteLevel:
         """Binds the process to a machine. Raises what the process refuses with, or PeerUnavailable."""
         with translated(self.name):
             self._stub.Attach(request, timeout=CALL_TIMEOUT)
+        # Guest code may run for ever, at every level.
+        self._runs_code = not self.vtl or request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
 
     def detach(self, vm: str) -> None:
         """Ends the streams and makes the process forget the machine."""
+        self._stop_listening()
         self.hang_up()
         with translated(self.name):
             self._stub.Detach(vcpu_pb2.DetachRequest(vm=vm), timeout=CALL_TIMEOUT)
@@ -104,7 +109,7 @@ class RemoteLevel:
         """See Level.enter. An enter is repeated on a new stream if the old one broke."""
         request = RunRequest(enter=enter).SerializeToString()
         vp_index = enter.vp_index
-        if self.patience is not None:
+        if self.patience is not None and not self._runs_code:
             self._deadlines[vp_index] = time.monotonic() + self.patience
         try:
             stream = self._streams.get(vp_index) or self._open(vp_index)
@@ -123,6 +128,27 @@ class RemoteLevel:
             )
         return exit_
 
+    def listen(self, interrupted: Callable[[int], None]) -> None:
+        """Has `interrupted` called with a VP index, from a thread of its own, until the level is closed or attached anew."""
+        self._stop_listening()
+        call = self._stub.Events(vcpu_pb2.EventsRequest())
+        self._listening = call
+
+        def follow() -> None:
+            try:
+                for response in call:
+                    if response.HasField("interrupt_pending"):
+                        interrupted(response.vp_index)
+            except grpc.RpcError:
+                return  # the level is gone, or the machine is: the vCPU's own stream says so
+
+        threading.Thread(target=follow, name=f"events-vtl{self.vtl}", daemon=True).start()
+
+    def _stop_listening(self) -> None:
+        call, self._listening = self._listening, None
+        if call is not None:
+            call.cancel()
+
     def hang_up(self) -> None:
         """Ends all streams: who waits in enter() gets Cancelled. The next enter() opens a new one."""
         with self._lock:
@@ -133,6 +159,7 @@ class RemoteLevel:
 
     def close(self) -> None:
         self._closed = True
+        self._stop_listening()
         self.hang_up()
 
     def _open(self, vp_index: int) -> _Stream:

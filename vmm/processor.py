@@ -1,6 +1,6 @@
 """One virtual processor of a machine: its number at both levels and what its next enter carries.
 
-run_guest() is the one place through which VTL0 goes on: the Enter that leaves it is complete (resolution of the open
+run() is the one place through which guest code goes on: the Enter that leaves it is complete (resolution of the open
 exit, then every update that others posted), and nothing else changes that vCPU. A journal of decisions belongs there.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
 from vmm.level import Level
-from vmm.vtl import VpVtl
+from vmm.vtl import VTL0, VTL1, VpVtl
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, Resolution, Update
 
@@ -27,6 +27,7 @@ class Processor:
         vtl: its virtual trust levels.
         watched: what VTL1 wants to see of VTL0 on this vCPU.
         resumed: number of the last enter of VTL0.
+        suspended: how the open exit of each level ends when that level goes on; for levels that are not active.
     """
 
     def __init__(self, index: int, guest: Level, monitor: Level | None, gate: Gate, vtl: VpVtl) -> None:
@@ -34,56 +35,106 @@ class Processor:
         self.vtl = vtl
         self.watched = Watched(InterceptFilter())
         self.resumed = 0
+        self.suspended: list[Resolution | None] = [None, None]
         self._guest = guest
         self._monitor = monitor
+        self._entered = guest
         self._monitor_sequence = 0
         self._gate = gate
         self._pending: list[Update] = []
+        self._pending_upper: list[Update] = []
         self._lock = threading.Lock()
 
-    def post(self, *updates: Update) -> None:
-        """Adds updates to the next enter of VTL0, in order. Thread-safe; does not make the vCPU exit."""
+    def post(self, *updates: Update, vtl: int = VTL0) -> None:
+        """Adds updates to the next enter of a level, in order. Thread-safe; does not make the vCPU exit."""
         with self._lock:
-            self._pending += updates
+            self._waiting_for(vtl).extend(updates)
+
+    def _waiting_for(self, vtl: int) -> list[Update]:
+        return self._pending_upper if vtl else self._pending
 
     @property
     def waiting(self) -> int:
         """Updates that wait for the next enter of VTL0."""
         return len(self._pending)
 
-    def resume(self, resolution: Resolution | None = None, updates: Iterable[Update] = ()) -> Enter:
-        """The enter that answers the open exit."""
-        self.resumed += 1
-        return Enter(vp_index=self.index, sequence=self.resumed, reason=_RESUME, resolution=resolution, updates=updates)
+    def resume(
+        self,
+        resolution: Resolution | None = None,
+        updates: Iterable[Update] = (),
+        reason: vcpu_pb2.EnterReason.ValueType = _RESUME,
+    ) -> Enter:
+        """The enter of the active level that answers its open exit."""
+        if self.vtl.active == VTL1:
+            self._monitor_sequence += 1
+            sequence = self._monitor_sequence
+        else:
+            self.resumed += 1
+            sequence = self.resumed
+        return Enter(vp_index=self.index, sequence=sequence, reason=reason, resolution=resolution, updates=updates)
 
-    def run_guest(self, enter: Enter) -> Exit:
-        """Runs VTL0 until its next exit.
+    def run(self, enter: Enter) -> Exit:
+        """Runs the active level, which is guest code, until its next exit.
 
         Raises:
             Cancelled: the machine is being stopped.
             PeerUnavailable, GuestMisbehaved: see Level.enter.
         """
-        kick_first = self._gate.enter(self.index, enter.sequence)
+        vtl = self.vtl.active
+        level = self._guest if vtl == VTL0 else self._require_monitor()
+        self._entered = level
+        kick_first = self._gate.enter(self.index, enter.sequence, vtl)
         try:
-            if self._pending:
-                with self._lock:
-                    enter.updates.extend(self._pending)
-                    self._pending.clear()
-            if kick_first:
-                self._guest.kick(self.index, enter.sequence)
-            return self._guest.enter(enter)
+            return self._enter(level, vtl, enter, kick_first)
         finally:
             self._gate.leave(self.index)
 
+    def settle(self) -> Exit:
+        """Has VTL0 apply what waits for it while VTL1 is active: it exits again before it runs an instruction.
+
+        Its registers can be read then, and updates posted later find the open exit ended.
+
+        Raises:
+            PeerUnavailable, GuestMisbehaved: see Level.enter.
+        """
+        self.resumed += 1
+        resolution, self.suspended[VTL0] = self.suspended[VTL0], None
+        enter = Enter(vp_index=self.index, sequence=self.resumed, reason=_RESUME, resolution=resolution)
+        return self._enter(self._guest, VTL0, enter, True)
+
+    @property
+    def settled(self) -> bool:
+        """Nothing waits for VTL0 that would change its registers."""
+        resolution = self.suspended[VTL0]
+        ended = resolution is None or resolution.action == vcpu_pb2.ACTION_RETRY
+        return ended and not self._pending
+
+    def _enter(self, level: Level, vtl: int, enter: Enter, kick_first: bool) -> Exit:
+        pending = self._waiting_for(vtl)
+        if pending:
+            with self._lock:
+                enter.updates.extend(pending)
+                pending.clear()
+        if kick_first:
+            level.kick(self.index, enter.sequence)
+        return level.enter(enter)
+
+    def kick(self, sequence: int) -> bool:
+        """Makes the enter that is being run exit soon."""
+        return self._entered.kick(self.index, sequence)
+
     def run_monitor(self, enter: Enter) -> Exit:
-        """Runs VTL1 until its next exit; fills in vCPU and number.
+        """Runs VTL1 as a policy until its next exit; fills in vCPU and number.
 
         Raises:
             PeerUnavailable: there is no monitor, it is gone, or it does not answer in time.
             GuestMisbehaved: see Level.enter.
         """
-        assert self._monitor is not None, "VTL1 was enabled without a monitor"
         self._monitor_sequence += 1
         enter.vp_index = self.index
         enter.sequence = self._monitor_sequence
-        return self._monitor.enter(enter)
+        return self._require_monitor().enter(enter)
+
+    def _require_monitor(self) -> Level:
+        assert self._monitor is not None, "VTL1 was enabled without a monitor"
+        return self._monitor

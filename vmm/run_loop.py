@@ -23,7 +23,7 @@ def run(board: Board, processor: Processor) -> Ending:
     try:
         answer: Answer = processor.resume()
         while isinstance(answer, Enter):
-            exit_ = processor.run_guest(answer)
+            exit_ = processor.run(answer)
             answer = serve(board, processor, exit_)
         return answer
     except Cancelled as error:

@@ -147,7 +147,7 @@ def test_halt(board: Board) -> None:
     assert enter_of(board, Exit(halt=Halt(interrupts_enabled=True))).resolution.action == vcpu_pb2.ACTION_COMMIT
     assert not board.gate._halted
     assert enter_of(board, Exit(halt=Halt())).resolution.action == vcpu_pb2.ACTION_SKIP
-    assert board.gate._halted == {0}
+    assert board.gate._halted == {(0, 0)}
 
 
 def test_empty_ports_and_empty_memory(board: Board) -> None:
