@@ -13,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format protos check-protos bench kernel lock wheels up clean
+.PHONY: help setup demo test check lint format protos check-protos bench kernel linux lock wheels up clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,14 +26,16 @@ $(BIN)/python:
 	  echo "vtlab needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=python3.x" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv' || { echo "Python's venv module is missing (Debian: apt install python3-venv)" >&2; exit 1; }
 	@$(PYTHON) -m pip --version >/dev/null || { echo "pip is missing (Debian: apt install python3-pip)" >&2; exit 1; }
-	$(PYTHON) -m venv --without-pip $(VENV)
+	@echo 'setting up $(VENV)'
+	@$(PYTHON) -m venv --without-pip $(VENV)
 
 $(VENV)/runtime.stamp: pyproject.toml requirements.lock | $(BIN)/python
-	$(PIP) --editable .
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/developer.stamp: pyproject.toml requirements.lock | $(BIN)/python
-	$(PIP) --editable '.[dev]'
+	@echo "installing vtlab and the developers' tools"
+	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/runtime.stamp
 
 setup: $(VENV)/developer.stamp  ## .venv with everything
@@ -90,6 +92,9 @@ check-protos: $(VENV)/developer.stamp
 
 kernel: $(VENV)/developer.stamp  ## rebuild the guest kernels (needs gcc and binutils)
 	$(BIN)/python -m vtl0_guest.kernels.selfguard.build
+
+linux: $(VENV)/developer.stamp  ## Debian's kernel and BusyBox for the tests with Linux (apt; into build/linux or VTLAB_LINUX)
+	@$(BIN)/python -m tests.integration.linux.images
 
 lock:  ## requirements.lock from the floors in pyproject.toml, in a fresh environment
 	rm -rf build/lock && $(PYTHON) -m venv --without-pip build/lock
