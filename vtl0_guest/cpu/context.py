@@ -24,6 +24,7 @@ class Context:
         shadows: MSRs that the core keeps for the guest and the engine does not have.
         trap_pending: an emulated instruction ran with RFLAGS.TF set, so #DB is due.
         halted: in HLT.
+        waits_for_startup: after INIT, until SIPI: runs nothing and takes no interrupt.
         repeat: the instruction that was emulated has elements left (REP): RIP stays on it.
     """
 
@@ -52,6 +53,7 @@ class Context:
         self.shadows = shadows
         self.trap_pending = False
         self.halted = False
+        self.waits_for_startup = False
         self.repeat = False
 
     def device_at(self, gpa: int) -> MmioDevice | None:

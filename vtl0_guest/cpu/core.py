@@ -7,7 +7,7 @@ import mmap
 import threading
 from collections.abc import Iterable
 
-from vtl0_guest.cpu import hypercall_page, msrs
+from vtl0_guest.cpu import hypercall_page, msrs, startup
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import Platform
 from vtl0_guest.cpu.engine import Engine, Region
@@ -68,7 +68,7 @@ class Core:
 
     Attributes:
         nested: the nested page table that all processors share.
-        turns: the run token; one processor runs at a time.
+        turns: of the processors; one runs at a time.
         output_waits: the guest has written serial output that no exit has carried away.
         shares_state: every exit carries what the levels of a vCPU share, since the other level runs guest code too.
     """
@@ -112,6 +112,8 @@ class Core:
             context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
             self._processors.append(Processor(self, context))
             self._hide_device_pages(context)
+            if index:
+                startup.init(context)
         self._closed = False
         self.output_waits = False
         self._timer_changed = threading.Condition()
@@ -133,6 +135,7 @@ class Core:
             self._closed = True
             self._timer_changed.notify_all()
         self._timer.join()
+        self.turns.close()
         self.platform.on_wake = lambda _vp_index: None
         self.platform.on_deadline = lambda: None
         for processor in self._processors:

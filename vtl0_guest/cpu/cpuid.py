@@ -13,7 +13,7 @@ Leaf = tuple[int, int, int, int]
 
 HYPERVISOR_FIRST, HYPERVISOR_LAST = 0x40000000, 0x400000FF
 _MAX_BASIC, _MAX_EXTENDED = 0xD, 0x80000008
-_SIGNATURE = 0x00800F12  # family 17h, model 1, stepping 2
+SIGNATURE = 0x00800F12  # family 17h, model 1, stepping 2
 _VENDOR = struct.unpack("<3I", b"AuthenticAMD")
 _BRAND = struct.unpack("<12I", b"vtlab virtual processor".ljust(48, b"\0"))
 
@@ -37,7 +37,7 @@ def cpuid(leaf: int, subleaf: int, vp_index: int, vp_count: int, cr4: int, apic_
     if leaf == 1:
         ecx = _LEAF1_ECX | (_LEAF1_ECX_OSXSAVE if cr4 & _CR4_OSXSAVE else 0)
         threads = 1 << 28 if vp_count > 1 else 0
-        return _SIGNATURE, vp_index << 24 | vp_count << 16 | 8 << 8, ecx, edx1 | threads
+        return SIGNATURE, vp_index << 24 | vp_count << 16 | 8 << 8, ecx, edx1 | threads
     if leaf == 0xB:
         return _topology(subleaf, vp_index, vp_count)
     if leaf == 0xD:
@@ -45,7 +45,7 @@ def cpuid(leaf: int, subleaf: int, vp_index: int, vp_count: int, cr4: int, apic_
     if leaf == 7:
         return (0, _LEAF7_EBX, _LEAF7_ECX, 0) if subleaf == 0 else (0, 0, 0, 0)
     if leaf == 0x80000001:
-        return _SIGNATURE, 0, _EXTENDED_ECX, _EXTENDED_EDX_OWN | (edx1 & _EXTENDED_EDX_SHARED)
+        return SIGNATURE, 0, _EXTENDED_ECX, _EXTENDED_EDX_OWN | (edx1 & _EXTENDED_EDX_SHARED)
     if leaf == 0x80000008:
         return 48 << 8 | PHYSICAL_BITS, 0, vp_count - 1, 0
     return _FIXED.get(leaf, (0, 0, 0, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, exits, levels, memory_faults, state
+from vtl0_guest.cpu import delivery, exits, levels, memory_faults, startup, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice
@@ -22,6 +21,7 @@ from vtl0_guest.cpu.instructions.table import TABLE
 from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
+from vtl0_guest.cpu.turns import Outcome
 from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.x86.registers import VECTORS_WITH_ERROR_CODE, Rflags, Vector
@@ -65,9 +65,14 @@ class Processor:
         self._nmi_blocked = False
         self._external: deque[int] = deque()
         self._retried: tuple[int, int] | None = None
-        self._awake = threading.Event()
         self._nested_generation = -1
         self._running = False
+        self._seat = core.turns.seat(self)
+        self._turn_over = False
+        self._idle = False
+        self._yields = False
+        self._entering: vcpu_pb2.Enter | None = None
+        self._result: vcpu_pb2.Exit | BaseException | None = None
         context.hyperv.attend = self._ask
         self._reasons: dict[int, Callable[[], Operation | None]] = {
             Reason.EXIT: self._on_exit,
@@ -88,42 +93,36 @@ class Processor:
         Raises:
             vtlab.errors.BadArgument: an update that this processor cannot take; nothing ran.
         """
-        self._running = True
-        self._core.turns.take(self._ask)
-        runtime = self._context.hyperv.runtime
-        runtime.start()
-        try:
-            operation = self._enter(enter)
-            while operation is None:
-                operation = self._step()
-            return self._leave(operation)
-        finally:
-            runtime.stop()
-            self._core.turns.give()
-            self._running = False
-            if self._context.hyperv.synic.due:
-                self._core.look_again()
+        self._running, self._entering = True, enter
+        self._core.turns.run(self._seat)
+        self._running = False
+        if self._context.hyperv.synic.due:
+            self._core.look_again()
+        result, self._result = self._result, None
+        if isinstance(result, BaseException):
+            raise result
+        assert result is not None
+        return result
 
     def serve_while_away(self) -> None:
         """Delivers synthetic messages to a processor that is not entered. For the core's timer thread."""
         hyperv = self._context.hyperv
         if not hyperv.synic.due or self._running:
             return
-        self._core.turns.take(self._ask)
-        try:
-            hyperv.synic.deliver()
-        finally:
-            self._core.turns.give()
+        self._core.turns.between(hyperv.synic.deliver)
 
     def kick(self) -> None:
         """Makes the present `run` return soon, with KICKED if nothing else comes first. Lost if none is running."""
         self._kicked = True
-        self._ask()
+        self._engine.set_stop()
+        self._core.turns.wake(self._seat, urgent=True)
 
     def wake(self) -> None:
-        """An interrupt may have become deliverable."""
+        """An interrupt, INIT or SIPI may have become deliverable."""
         self._engine.set_pending(True)
-        self._awake.set()
+        if self._core.platform.urgent(self._context.vp_index):
+            self._engine.set_stop()
+        self._core.turns.wake(self._seat)
 
     def collect_output(self) -> None:
         """Serial output has waited long enough: exit with it."""
@@ -137,11 +136,9 @@ class Processor:
     def load_state(self, message: registers_pb2.ProcessorState) -> None:
         """Replaces everything, as after a reset. Only while not running."""
         state.load(self._context, message)
-        self._open = self._stopped = self._retried = None
-        self._nmi_pending = self._nmi_blocked = False
-        self._external.clear()
+        self._open = self._stopped = None
+        self._forget_events()
         self._context.hyperv.reset()
-        self._engine.intercept(ExitCode.IRET, False)
         self._engine.flush_code()
 
     @property
@@ -150,7 +147,47 @@ class Processor:
 
     def _ask(self) -> None:
         self._engine.set_stop()
-        self._awake.set()
+        self._core.turns.wake(self._seat)
+
+    def _forget_events(self) -> None:
+        self._retried = None
+        self._nmi_pending = self._nmi_blocked = False
+        self._external.clear()
+        self._engine.intercept(ExitCode.IRET, False)
+
+    # ------------------------------------------------------------------------------------------------ turns
+
+    def begin_turn(self, contended: bool) -> None:
+        self._turn_over = False
+        if contended != self._yields:
+            self._yields = contended
+            self._engine.intercept(ExitCode.PAUSE, contended)
+
+    def turn(self) -> Outcome:
+        runtime = self._context.hyperv.runtime
+        runtime.start()
+        try:
+            operation = None
+            enter, self._entering = self._entering, None
+            if enter is not None:
+                operation = self._enter(enter)
+            while operation is None:
+                operation = self._step()
+                if operation is None:
+                    if self._idle:
+                        return Outcome.IDLE
+                    if self._turn_over:
+                        return Outcome.OVER
+            self._result = self._leave(operation)
+        except BaseException as error:  # noqa: BLE001 - another processor's thread may drive this one
+            self._result = error
+        finally:
+            runtime.stop()
+        return Outcome.DONE
+
+    def end_turn(self) -> None:
+        self._turn_over = True
+        self._engine.set_stop()
 
     # ------------------------------------------------------------------------------------------ enter and leave
 
@@ -227,7 +264,7 @@ class Processor:
     def _step(self) -> Operation | None:
         """Takes what is due, then runs the guest up to the next stop and deals with it."""
         due = self._due()
-        if due is not None or self._context.halted:
+        if due is not None or self._idle:
             return due
         self._synchronize()
         try:
@@ -249,48 +286,50 @@ class Processor:
             return self._nested_fault(fault)
 
     def _due(self) -> Operation | None:
-        """Kicks, output, traps and interrupts; waits in HLT."""
+        """Kicks, output, traps and interrupts. Notes whether there is nothing to run: in HLT, or before SIPI."""
         context, platform = self._context, self._core.platform
-        while True:
-            if self._kicked:
-                self._kicked = False
-                self._engine.clear_stop()
-                return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
-            if self._core.output_waits and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
-                return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
-            if context.trap_pending:
-                context.trap_pending = False
-                context.debug[4] |= _DR6_BS
-                return self._deliver(Event(Vector.DB, None, self._environment.rip))
-            if context.hyperv.synic.due:
-                context.hyperv.synic.deliver()
-            if self._engine.pending:
-                taken = self._take_interrupt()
-                if taken is not None:
-                    return taken
-            if not context.halted:
-                return None
+        self._idle = False
+        if self._kicked:
+            self._kicked = False
+            self._engine.clear_stop()
+            return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
+        if self._core.output_waits and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
+            return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
+        if context.trap_pending:
+            context.trap_pending = False
+            context.debug[4] |= _DR6_BS
+            return self._deliver(Event(Vector.DB, None, self._environment.rip))
+        if context.hyperv.synic.due:
+            context.hyperv.synic.deliver()
+        if self._engine.pending:
+            self._engine.set_pending(False)  # before looking: what arrives from here on is a new request
+            taken = self._take_startup() or self._take_interrupt()
+            if taken is not None:
+                return taken
+        if context.halted or context.waits_for_startup:
             if self._core.output_waits:
                 return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
-            self._wait()
+            self._idle = True
+        return None
 
-    def _wait(self) -> None:
-        """Sleeps in HLT until something happens, without the run token."""
-        runtime = self._context.hyperv.runtime
-        runtime.stop()
-        self._core.turns.give()
-        try:
-            self._awake.wait()
-        finally:
-            self._core.turns.take(self._ask)
-            runtime.start()
-        self._awake.clear()
-        self._engine.clear_stop()
+    def _take_startup(self) -> Operation | None:
+        """INIT and SIPI. INIT of the boot processor, which would run firmware, is a request to reset the machine."""
+        context = self._context
+        init, vector = self._core.platform.take_startup(context.vp_index)
+        if init:
+            if not context.vp_index:
+                return Operation(vcpu_pb2.Exit(reset_request=vcpu_pb2.ResetRequest(source="INIT")))
+            startup.init(context)
+            self._forget_events()
+        if vector is not None and context.waits_for_startup:
+            startup.start(context, vector)
+        return None
 
     def _take_interrupt(self) -> Operation | None:
         """Delivers the highest interrupt if it can be taken now; leaves a note for the block hook if not."""
         platform, context = self._core.platform, self._context
-        self._engine.set_pending(False)
+        if context.waits_for_startup:
+            return None
         if platform.take_nmi(context.vp_index):
             self._nmi_pending = True
         shadow = self._environment.interrupt_shadow
@@ -315,18 +354,12 @@ class Processor:
         return self._deliver(Event(vector, None, self._environment.rip, external=True))
 
     def _synchronize(self) -> None:
-        """Nested rights that changed, and the turn that another processor wants."""
+        """Nested rights that changed."""
         nested = self._core.nested
         if nested.generation != self._nested_generation:
             self._nested_generation = nested.generation
             self._engine.set_roots(nested.root(False), nested.root(nested.split))
             self._engine.flush_translations()
-        if self._core.turns.wanted:
-            self._yield_turn()
-
-    def _yield_turn(self) -> None:
-        self._core.turns.give()
-        self._core.turns.take(self._ask)
 
     # ------------------------------------------------------------------------------------------- stop reasons
 
@@ -392,6 +425,8 @@ class Processor:
             self._engine.flush_code()
             self._engine.set_budget(1)
             return None
+        if code == ExitCode.PAUSE:
+            return self._on_pause()
         row = TABLE.get(code)
         if row is None:
             raise CannotEmulate(f"unexpected exit {code:#x}")
@@ -399,6 +434,14 @@ class Processor:
         if row.mnemonics and instruction.mnemonic not in row.mnemonics:
             return self._retry_stale(instruction)
         return self._end(row.handler(self._context, instruction), instruction, raw)
+
+    def _on_pause(self) -> Operation | None:
+        """The guest spins while others are ready: they go on."""
+        instruction, raw = self._fetch()
+        if instruction.mnemonic != Mnemonic.PAUSE:
+            return self._retry_stale(instruction)
+        self._turn_over = True
+        return self._end(None, instruction, raw)
 
     def _on_exception(self, vector: int) -> Operation | None:
         context, engine = self._context, self._engine

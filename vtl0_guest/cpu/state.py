@@ -89,7 +89,7 @@ def load(context: Context, state: registers_pb2.ProcessorState) -> None:
         context.debug[index] = value
     for entry in state.msrs:
         set_msr(context, entry.index, entry.value)
-    context.halted = False
+    context.halted = context.waits_for_startup = False
 
 
 def _load_general(context: Context, registers: registers_pb2.Registers) -> None:

@@ -1,6 +1,8 @@
-"""The one run token of a machine. Its engines never run at once: `lock` is atomic for its own engine only.
+"""Whose turn it is: the engines of a machine never run at once, since `lock` is atomic for its own engine only.
 
-Waiters take turns in order of arrival; whoever holds the token is asked to give it back after a slice.
+Each processor's thread waits here while its processor is inside. One of these threads drives: it runs the turns of all
+processors in order, so that going from one to the next costs no change of threads. A turn ends with an exit, when the
+processor idles or spins (PAUSE), when another one becomes ready, or after a slice.
 """
 
 from __future__ import annotations
@@ -8,40 +10,182 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+
+class Outcome(Enum):
+    """How a turn ended."""
+
+    DONE = auto()  # with an exit
+    OVER = auto()  # there is more to run
+    IDLE = auto()  # nothing to do until somebody wakes it
+
+
+class Runner(Protocol):
+    """A processor."""
+
+    def begin_turn(self, contended: bool, /) -> None:
+        """A turn follows; `contended`: others are ready too. Called with the lock of the turns held: must be quick."""
+
+    def turn(self) -> Outcome:
+        """Runs for a turn. Never raises. No other runner has a turn meanwhile."""
+
+    def end_turn(self) -> None:
+        """Makes the present turn end soon. From any thread, with the lock of the turns held."""
+
+
+class _Place(Enum):
+    OUT = auto()
+    READY = auto()
+    RUNNING = auto()
+    IDLE = auto()
+    DONE = auto()
+
+
+class Seat:
+    """A runner's place in the round."""
+
+    def __init__(self, runner: Runner, lock: threading.Lock) -> None:
+        self.runner = runner
+        self.place = _Place.OUT
+        self.woken = False
+        self.changed = threading.Condition(lock)
 
 
 class Turns:
-    """A fair lock whose holder can be asked for it."""
+    """Fair turns for the runners of one machine. Thread-safe."""
 
-    # Seconds that a waiter leaves the holder before it asks.
-    SLICE = 0.005
+    # Seconds after which a turn ends if others are ready; at most twice as long.
+    SLICE = 0.002
+    # Slices without anybody waiting after which the time-keeper sleeps.
+    _PATIENCE = 20
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
-        self._holder: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self._ready: deque[Seat] = deque()
+        self._driven = False
+        self._running: Seat | None = None
+        self._actions: deque[Callable[[], object]] = deque()
+        self._number = 0
+        self._ticks = threading.Condition(self._lock)
+        self._ticking = False
+        self._keeper: threading.Thread | None = None
+        self._closed = False
 
-    def take(self, ask: Callable[[], None]) -> None:
-        """Blocks until it is the caller's turn. `ask` is called from other threads when somebody waits too long."""
-        me = object()
-        with self._changed:
-            if self._holder is None and not self._waiting:
-                self._holder = ask
+    def seat(self, runner: Runner) -> Seat:
+        return Seat(runner, self._lock)
+
+    def run(self, seat: Seat) -> None:
+        """Gives a runner turns until one is DONE. One thread a seat."""
+        with self._lock:
+            self._queue(seat)
+            self._preempt()
+            while seat.place is not _Place.DONE:
+                if self._ready and not self._driven:
+                    self._drive(seat)
+                else:
+                    seat.changed.wait()
+            seat.place = _Place.OUT
+
+    def wake(self, seat: Seat, urgent: bool = False) -> None:
+        """There may be something to do for that runner. Urgent: others do not finish their slice before it."""
+        with self._lock:
+            seat.woken = True
+            if seat.place is _Place.IDLE:
+                self._queue(seat)
+                self._preempt()
+            elif urgent and seat.place is _Place.READY:
+                self._preempt()
+
+    def between(self, action: Callable[[], object]) -> None:
+        """Does something soon while no runner has a turn, on this thread or another one. It must not raise."""
+        with self._lock:
+            self._actions.append(action)
+            if self._driven:
+                self._preempt()
                 return
-            self._waiting.append(me)
-            while self._holder is not None or self._waiting[0] is not me:
-                if not self._changed.wait(self.SLICE) and self._holder is not None:
-                    self._holder()
-            self._waiting.popleft()
-            self._holder = ask
+            self._driven = True
+            self._act()
+            self._stop_driving()
 
-    def give(self) -> None:
-        with self._changed:
-            self._holder = None
-            if self._waiting:
-                self._changed.notify_all()
+    def close(self) -> None:
+        """Ends the time-keeper. No runner has a turn any more."""
+        with self._lock:
+            self._closed = True
+            self._ticks.notify_all()
+            keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.join()
 
-    @property
-    def wanted(self) -> bool:
-        """Somebody waits."""
-        return bool(self._waiting)
+    def _queue(self, seat: Seat) -> None:
+        seat.place = _Place.READY
+        self._ready.append(seat)
+        if not self._driven:
+            seat.changed.notify()
+        elif not self._ticking:
+            self._ticking = True
+            self._ticks.notify()
+            if self._keeper is None and not self._closed:
+                self._keeper = threading.Thread(target=self._keep_time, name="turns", daemon=True)
+                self._keeper.start()
+
+    def _preempt(self) -> None:
+        if self._running is not None:
+            self._running.runner.end_turn()
+
+    def _drive(self, own: Seat) -> None:
+        """Runs turns, with the lock held in between, until the own runner is done or nobody is ready."""
+        self._driven = True
+        while self._ready and own.place is not _Place.DONE:
+            self._act()
+            seat = self._ready.popleft()
+            seat.place, seat.woken = _Place.RUNNING, False
+            seat.runner.begin_turn(bool(self._ready))
+            self._running = seat
+            self._number += 1
+            self._lock.release()
+            try:
+                outcome = seat.runner.turn()
+            finally:
+                self._lock.acquire()
+                self._running = None
+            if outcome is Outcome.DONE:
+                seat.place = _Place.DONE
+                if seat is not own:
+                    seat.changed.notify()
+            elif outcome is Outcome.OVER or seat.woken:
+                self._queue(seat)
+            else:
+                seat.place = _Place.IDLE
+        self._act()
+        self._stop_driving()
+
+    def _act(self) -> None:
+        while self._actions:
+            action = self._actions.popleft()
+            self._lock.release()
+            try:
+                action()
+            finally:
+                self._lock.acquire()
+
+    def _stop_driving(self) -> None:
+        self._driven = False
+        if self._ready:
+            self._ready[0].changed.notify()
+
+    def _keep_time(self) -> None:
+        """Ends turns that last a slice while others are ready. Sleeps when nobody has to wait."""
+        quiet = 0
+        with self._lock:
+            while not self._closed:
+                quiet = 0 if self._ready else quiet + 1
+                if quiet > self._PATIENCE:
+                    self._ticking, quiet = False, 0
+                    self._ticks.wait()
+                    continue
+                number = self._number
+                self._ticks.wait(self.SLICE)
+                if number == self._number and self._ready:
+                    self._preempt()

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.cpu.machine import CODE, DATA, RAM_SIZE, STACK, A, Guest
-from vtl0_guest.cpu.turns import Turns
 from vtlab import errors
 from vtlab.ram import Ram, create_ram_files
 from vtlab.v1 import registers_pb2
@@ -175,26 +174,6 @@ def test_two_processors_take_turns(ram: Ram, tmp_path: Path) -> None:
         assert guest.core.processor(1).state().registers.rcx == 0
     finally:
         guest.close()
-
-
-def test_turns_are_asked_for() -> None:
-    turns = Turns()
-    asked, order = threading.Event(), []
-    turns.take(asked.set)
-
-    def second() -> None:
-        turns.take(lambda: None)
-        order.append("second")
-        turns.give()
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    assert asked.wait(10)
-    assert turns.wanted
-    order.append("first")
-    turns.give()
-    thread.join(10)
-    assert order == ["first", "second"]
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,15 @@ class Platform:
         with self._guard:
             return self._local_apics[vp_index].take_nmi()
 
+    def urgent(self, vp_index: int) -> bool:
+        """An NMI, INIT or SIPI waits, which RFLAGS.IF does not hold back."""
+        return self._local_apics[vp_index].urgent
+
+    def take_startup(self, vp_index: int) -> tuple[bool, int | None]:
+        """Whether an INIT arrived and, after it or alone, the vector of a SIPI. Once each."""
+        with self._guard:
+            return self._local_apics[vp_index].take_startup()
+
     def pulse_irq(self, irq: int) -> None:
         """Raises and lowers an ISA interrupt line, 0 to 15."""
         with self._guard:

@@ -1,7 +1,7 @@
 """Local APIC: xAPIC by MMIO, x2APIC by MSRs, IA32_APIC_BASE, and the timer.
 
-Sources: Intel SDM volume 3, chapter "Advanced programmable interrupt controller"; AMD APM volume 2, chapter 16. INIT,
-STARTUP and SMI messages are not delivered.
+Sources: Intel SDM volume 3, chapter "Advanced programmable interrupt controller"; AMD APM volume 2, chapter 16. SMI
+messages are not delivered.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ VERSION = 0x0005_0014
 _SVR_ENABLED = 1 << 8
 _ESR_SEND_ILLEGAL, _ESR_RECEIVE_ILLEGAL, _ESR_ILLEGAL_REGISTER = 1 << 5, 1 << 6, 1 << 7
 _ALL = 0xFF
+_ASSERT, _LEVEL_TRIGGERED = 1 << 14, 1 << 15
 
 
 class LocalApic:
@@ -77,6 +78,8 @@ class LocalApic:
             Register.LDR: self._ldr,
         }
         self.apic_base = DEFAULT_BASE | BASE_ENABLED | (0 if vp_index else BASE_BSP)
+        self._init = False
+        self._startup: int | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -146,6 +149,24 @@ class LocalApic:
         taken, self._nmi = self._nmi, False
         return taken
 
+    @property
+    def urgent(self) -> bool:
+        """An NMI, INIT or SIPI waits."""
+        return self._nmi or self._init or self._startup is not None
+
+    def take_startup(self) -> tuple[bool, int | None]:
+        """INIT, and the vector of a SIPI that came after it or alone."""
+        taken = self._init, self._startup
+        self._init, self._startup = False, None
+        return taken
+
+    def init(self) -> None:
+        """INIT: as after RESET, but the ID and IA32_APIC_BASE stay."""
+        with self._guard:
+            own_id = self._values[Register.ID]
+            self._reset()
+            self._values[Register.ID] = own_id
+
     def accepts_external(self) -> bool:
         """The interrupt controllers' output reaches the processor: APIC off, or LINT0 unmasked in ExtINT mode."""
         lint0 = self._values[Register.LVT_LINT0]
@@ -163,11 +184,15 @@ class LocalApic:
             self.receive(lvt_delivery(lint0), lint0 & 0xFF)
 
     def receive(self, delivery: int, vector: int, level: bool = False) -> None:
-        """An interrupt message arrives; those that are not fixed, lowest priority or NMI are dropped."""
+        """An interrupt message arrives; SMI and ExtINT are dropped."""
         if not self.enabled:
             return
         if delivery == Delivery.NMI:
             self._nmi = True
+        elif delivery == Delivery.INIT:
+            self._init, self._startup = True, None
+        elif delivery == Delivery.STARTUP:
+            self._startup = vector
         elif delivery in (Delivery.FIXED, Delivery.LOWEST):
             if vector < 16:
                 self._error(_ESR_RECEIVE_ILLEGAL)
@@ -362,6 +387,8 @@ class LocalApic:
         high = self._values.get(Register.ICR_HIGH, 0)
         self._values[Register.ICR_LOW] = value & 0x000C_CFFF
         self._icr = high << 32 | self._values[Register.ICR_LOW]
+        if value >> 8 & 7 == Delivery.INIT and value & _LEVEL_TRIGGERED and not value & _ASSERT:
+            return  # INIT level de-assert only synchronized arbitration IDs
         shorthand = value >> 18 & 3
         if shorthand == 0:
             destination = high if self.x2apic else high >> 24

@@ -1,0 +1,48 @@
+"""INIT and SIPI: what they leave in a processor.
+
+Sources: Intel SDM volume 3, "Processor state after power-up, reset or INIT" and "MP initialization protocol". INIT
+keeps x87 and SSE state, XCR0 and the MSRs but EFER; the intercepts that a higher level set stay in force.
+"""
+
+from __future__ import annotations
+
+from vtl0_guest.cpu import cpuid, state
+from vtl0_guest.cpu.context import Context
+from vtlab.v1 import registers_pb2
+
+_CD_NW = 0x6000_0000
+_CR0_ET = 0x10
+_LIMIT = 0xFFFF
+_CODE, _DATA, _LDT, _TSS = 0x9B, 0x93, 0x82, 0x8B
+
+
+def init(context: Context) -> None:
+    """INIT: the processor waits for SIPI. Its local APIC is reset, but for the ID and mode."""
+    cr0 = context.environment.cr(0)
+    message = registers_pb2.ProcessorState(xcr0=context.engine.xcr0, debug=[0, 0, 0, 0, 0xFFFF_0FF0, 0x400])
+    registers = message.registers
+    registers.rip, registers.rflags, registers.rdx = 0xFFF0, 2, cpuid.SIGNATURE
+    registers.cr0 = _CR0_ET | cr0 & _CD_NW
+    registers.cs.CopyFrom(_segment(0xF000, 0xFFFF_0000, _CODE))
+    for data in (registers.ss, registers.ds, message.es, message.fs, message.gs):
+        data.CopyFrom(_segment(0, 0, _DATA))
+    message.ldtr.CopyFrom(_segment(0, 0, _LDT))
+    message.tr.CopyFrom(_segment(0, 0, _TSS))
+    message.gdtr.limit = message.idtr.limit = _LIMIT
+    context.local_apic.init()
+    state.load(context, message)
+    context.trap_pending = context.repeat = False
+    context.waits_for_startup = True
+
+
+def start(context: Context, vector: int) -> None:
+    """SIPI: real mode at page `vector`, offset 0."""
+    registers = state.read(context)
+    registers.registers.cs.CopyFrom(_segment(vector << 8, vector << 12, _CODE))
+    registers.registers.rip = 0
+    del registers.msrs[:]
+    state.load(context, registers)
+
+
+def _segment(selector: int, base: int, attributes: int) -> registers_pb2.Segment:
+    return registers_pb2.Segment(selector=selector, base=base, limit=_LIMIT, attributes=attributes)
