@@ -13,6 +13,7 @@ from vtlab.x86.registers import Rflags
 
 _RF, _TF = int(Rflags.RF), int(Rflags.TF)
 _CS_LONG = 1 << 13
+_RIP_MASKS = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: (1 << 64) - 1}
 
 
 class Context:
@@ -83,10 +84,7 @@ class Context:
         if self.repeat:
             self.repeat = False
             return
-        rip = environment.rip + length
-        environment.rip = (
-            rip if environment.bitness == 64 else rip & (0xFFFF_FFFF if environment.bitness == 32 else 0xFFFF)
-        )
+        environment.rip = environment.rip + length & _RIP_MASKS[environment.bitness]
         flags = environment.rflags
         if flags & _RF:
             environment.rflags = flags & ~_RF

@@ -42,7 +42,7 @@ class SegmentState(NamedTuple):
 
 
 def decode_segment(raw: bytes) -> SegmentState:
-    """From Environment.raw_segment."""
+    """From the 24 bytes that a segment register is in the structure."""
     selector, base, limit, flags = _SEGMENT.unpack(raw)
     return SegmentState(selector, flags >> 8 & 0xF0FF, limit, base)
 
@@ -165,11 +165,6 @@ class Environment:
         at = layout.SEGMENTS + number * layout.SEGMENT_SIZE
         selector, base, limit, flags = _SEGMENT.unpack_from(self._state, at)
         return SegmentState(selector, flags >> 8 & 0xF0FF, limit, base)
-
-    def raw_segment(self, number: int) -> bytes:
-        """The register as it lies in the structure, for `decode_segment`."""
-        at = layout.SEGMENTS + number * layout.SEGMENT_SIZE
-        return bytes(self._state[at : at + layout.SEGMENT_SIZE])
 
     def set_segment(self, number: int, segment: SegmentState) -> None:
         """Loads a segment register whole. CS and SS set sizes; `cpl` is set apart."""

@@ -22,9 +22,13 @@ def _tag(number: int, wire_type: int) -> bytes:
 _FIXED64 = [int.from_bytes(_tag(number, 1), "little") for number in range(1, 25)]
 _PACKED = struct.Struct("<" + "BQ" * 15 + "HQ" * 9)
 _EMPTY = [word for tag in _FIXED64 for word in (tag, 0)]
-_SEGMENT_TAGS = {Seg.CS: _tag(25, 2), Seg.SS: _tag(26, 2), Seg.DS: _tag(27, 2)}
+# CS, SS and DS lie side by side in the structure.
+_SEGMENTS_FIRST = layout.SEGMENTS + Seg.CS * layout.SEGMENT_SIZE
+_SEGMENTS_LAST = layout.SEGMENTS + (Seg.DS + 1) * layout.SEGMENT_SIZE
+_SEGMENT_TAGS = (_tag(25, 2), _tag(26, 2), _tag(27, 2))
 _CPL, _SHADOW = _tag(28, 0), _tag(29, 0)
-_TAILS = [[_CPL + bytes([cpl]) + _SHADOW + bytes([shadow]) for shadow in (0, 1)] for cpl in range(4)]
+# By the low hidden flags: CPL in bits 1:0, the interrupt shadow in bit 3.
+_TAILS = [_CPL + bytes([low & 3]) + _SHADOW + bytes([low >> 3 & 1]) for low in range(16)]
 
 
 def segment_message(segment: SegmentState) -> registers_pb2.Segment:
@@ -34,26 +38,27 @@ def segment_message(segment: SegmentState) -> registers_pb2.Segment:
 
 
 @lru_cache(maxsize=256)
-def _segment_bytes(which: Seg, raw: bytes) -> bytes:
-    data = segment_message(decode_segment(raw)).SerializeToString()
-    return _SEGMENT_TAGS[which] + bytes([len(data)]) + data
+def _segments_bytes(raw: bytes) -> bytes:
+    """Fields cs, ss and ds, from the three registers as they lie in the structure."""
+    out = b""
+    for number, tag in enumerate(_SEGMENT_TAGS):
+        part = raw[number * layout.SEGMENT_SIZE : (number + 1) * layout.SEGMENT_SIZE]
+        data = segment_message(decode_segment(part)).SerializeToString()
+        out += tag + bytes([len(data)]) + data
+    return out
 
 
 def registers_bytes(environment: Environment, cr8: int) -> bytes:
     """A serialized Registers message of the present state."""
-    words = environment.words
+    words, state = environment.words, environment.state
     flat = _EMPTY.copy()
-    flat[1:37:2] = _GENERAL.unpack_from(environment.state)
+    flat[1:37:2] = _GENERAL.unpack_from(state)
     flat[35] |= 2
     flat[37::2] = (words[_CR], words[_CR + 2], words[_CR + 3], words[_CR + 4], cr8, words[_EFER])
-    return b"".join(
-        (
-            _PACKED.pack(*flat),
-            _segment_bytes(Seg.CS, environment.raw_segment(Seg.CS)),
-            _segment_bytes(Seg.SS, environment.raw_segment(Seg.SS)),
-            _segment_bytes(Seg.DS, environment.raw_segment(Seg.DS)),
-            _TAILS[environment.cpl][environment.interrupt_shadow],
-        )
+    return (
+        _PACKED.pack(*flat)
+        + _segments_bytes(bytes(state[_SEGMENTS_FIRST:_SEGMENTS_LAST]))
+        + _TAILS[state[layout.HIDDEN_FLAGS] & 0xF]
     )
 
 

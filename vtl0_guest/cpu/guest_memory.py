@@ -31,9 +31,11 @@ _LARGE_MASKS = {39: 0, 30: (1 << 30) - 1, 21: (1 << 21) - 1, 12: 0xFFF}
 
 
 class _Mapping(NamedTuple):
-    """A page of a 4-level address space: the entries that led to it, as (words, index, value)."""
+    """A page of a 4-level address space: where it is, if it may be read, and the entries that led to it."""
 
     frame: int
+    view: memoryview | None
+    offset: int
     entries: tuple[tuple[memoryview, int, int], ...]
     generation: int
 
@@ -60,6 +62,13 @@ class PhysicalMemory:
         if view is None or entry & need != need or (access == WRITE and view.readonly):
             raise NestedFault(gpa, access)
         return view, (entry & ADDRESS & (1 << REGION_SHIFT) - 1) + (gpa & 0xFFF)
+
+    def place(self, gpa: int) -> tuple[memoryview | None, int]:
+        """The file and the offset that back a page that may be read; None if there is none."""
+        try:
+            return self._place(gpa, P, READ)
+        except NestedFault:
+            return None, 0
 
     def read(self, gpa: int, size: int, access: vcpu_pb2.AccessKind.ValueType = READ) -> bytes:
         """Bytes within one page. Raises NestedFault."""
@@ -237,12 +246,8 @@ class GuestMemory:
         """4-level walk, remembered: each use compares the entries with those that were walked."""
         key = (cr3, gva >> 12)
         known = self._mappings.get(key)
-        if known is not None and known.generation == self.physical.nested.generation:
-            for view, index, value in known.entries:
-                if view[index] & _IGNORE_ACCESSED != value:
-                    break
-            else:
-                return known
+        if known is not None and self._holds(known):
+            return known
         found = self._walk_mapping(cr3, gva)
         if found is not None:
             if len(self._mappings) >= _MAX_MAPPINGS:
@@ -250,18 +255,29 @@ class GuestMemory:
             self._mappings[key] = found
         return found
 
+    def _holds(self, known: _Mapping) -> bool:
+        """The guest's entries and the nested table are as they were, and paging is what it was for."""
+        environment = self._environment
+        if known.generation != self.physical.nested.generation or not environment.long_mode:
+            return False
+        for view, index, value in known.entries:  # noqa: SIM110 - a generator takes twice as long
+            if view[index] & _IGNORE_ACCESSED != value:
+                return False
+        return True
+
     def _walk_mapping(self, cr3: int, gva: int) -> _Mapping | None:
         table, entries = cr3 & ADDRESS, []
         try:
             for shift, large in _LARGE_MASKS.items():
-                view, at = self.physical.quadword(table + (gva >> shift & 0x1FF) * 8)
-                value = view[at] & _IGNORE_ACCESSED
-                entries.append((view, at, value))
+                words, at = self.physical.quadword(table + (gva >> shift & 0x1FF) * 8)
+                value = words[at] & _IGNORE_ACCESSED
+                entries.append((words, at, value))
                 if not value & 1:
                     return None
                 if shift == 12 or (value & 0x80 and large):
                     frame = (value & ADDRESS & ~large) | (gva & large & ~0xFFF)
-                    return _Mapping(frame, tuple(entries), self.physical.nested.generation)
+                    view, offset = self.physical.place(frame)
+                    return _Mapping(frame, view, offset, tuple(entries), self.physical.nested.generation)
                 table = value & ADDRESS
         except NestedFault:
             pass
@@ -269,6 +285,11 @@ class GuestMemory:
 
     def code(self, gva: int, size: int = 15) -> bytes:
         """Up to `size` instruction bytes; fewer where the next page cannot be read."""
+        words = self._environment.words
+        known = self._mappings.get((words[_CR + 3], gva >> 12))
+        at = gva & 0xFFF
+        if known is not None and known.view is not None and at <= PAGE - size and self._holds(known):
+            return bytes(known.view[known.offset + at : known.offset + at + size])
         out = b""
         while len(out) < size:
             gpa = self.code_gpa(gva + len(out))

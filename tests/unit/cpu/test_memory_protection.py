@@ -375,3 +375,32 @@ def test_bad_updates_name_the_field(guest: Guest) -> None:
     with pytest.raises(errors.BadArgument, match="hypercall page"):
         guest.run(updates=[A.Update(hypercall_page=A.HypercallPage(enabled=True, gfn=pages))])
     assert guest.run() == "hypercall"
+
+
+def test_code_that_is_mapped_elsewhere_is_decoded_there(guest: Guest) -> None:
+    """The place of code is remembered between exits: a changed entry must be noticed, at every level."""
+    guest.long_mode("l: mov eax, 0x1f0000; call rax; jmp l")
+    for page, value in ((0x1C0, 1), (0x1D0, 2)):
+        guest.poke(page << 12, assemble(f"mov ebx, {value}; cpuid; mov ecx, {value}; vmmcall; ret"))
+    guest.poke(0x1D0000, bytes.fromhex("0f01d9c3"))
+    guest.poke(PT + 8 * 0x1F0, struct.pack("<Q", 0x1C0003))
+    guest.run()
+    assert guest.exit.instruction == bytes.fromhex("0f01d9")
+    assert guest.exit.registers.rip != 0x1F0000
+    guest.poke(PT + 8 * 0x1F0, struct.pack("<Q", 0x1D0003))
+    guest.processor.context.engine.flush_page(0x1F0000)
+    guest.run()
+    assert guest.exit.registers.rip == 0x1F0000
+    assert guest.exit.instruction == bytes.fromhex("0f01d9")
+
+
+def test_store_to_a_page_that_has_held_data_and_then_code(guest: Guest) -> None:
+    """Stores to data pages take the fast path; once code of the page has run they must be noticed again."""
+    guest.long_mode(
+        """mov ebx, 0x200000; mov ecx, 1000
+        l: mov qword ptr [rbx + 0x800], rcx; dec ecx; jnz l
+        call rbx; mov byte ptr [rbx + 1], 9; call rbx; vmmcall"""
+    )
+    guest.poke(DATA, assemble("mov eax, 1; ret"))
+    guest.run()
+    assert guest.exit.registers.rax == 9

@@ -232,3 +232,23 @@ def test_hostile_code_never_ends_or_hangs_the_process(battered: Guest, parts: li
     finally:
         over.set()
         thread.join()
+
+
+def test_pending_interrupt_costs_a_guest_that_masks_it_nothing(guest: Guest) -> None:
+    """It waits without an exit per block, and is taken at the first instruction after the shadow of STI."""
+    guest.long_mode("mov ecx, 3000000; l: dec ecx; jnz l; sti; nop; vmmcall")
+    begin = time.monotonic()
+    assert guest.run(updates=[A.Update(event=A.PendingEvent(interrupt_vector=0x44))]) == "hypercall"
+    assert guest.vector == 0x44
+    assert guest.frame(1)[0] == CODE + 5 + 4 + 1 + 1
+    assert time.monotonic() - begin < 10, "3 million exits would take longer"
+
+
+def test_interrupt_ends_a_loop_without_a_kick(guest: Guest) -> None:
+    guest.long_mode("sti; mov ebx, 0x200000; l: inc qword ptr [rbx]; jmp l")
+    thread = in_background(guest)
+    wait_until(guest, DATA, 1)
+    guest.processor._external.append(0x66)
+    guest.processor.wake()
+    finish(thread)
+    assert guest.vector == 0x66
