@@ -19,6 +19,7 @@ from tests.unit.cpu.machine import (
     Guest,
     assemble,
 )
+from vtl0_guest.cpu import nested
 from vtlab import errors
 from vtlab.ram import RamFile
 
@@ -404,3 +405,20 @@ def test_store_to_a_page_that_has_held_data_and_then_code(guest: Guest) -> None:
     guest.poke(DATA, assemble("mov eax, 1; ret"))
     guest.run()
     assert guest.exit.registers.rax == 9
+
+
+@pytest.mark.parametrize("base", [nested.HIDDEN_BASE, nested.NESTED_BASE, nested.SEALED_BASE, nested.EXTRA_BASE])
+def test_the_cores_own_structures_have_no_guest_address(guest: Guest, base: int) -> None:
+    guest.long_mode("mov rax, [0x1f0000]; mov qword ptr [0x1f0008], -1; vmmcall")
+    guest.poke(PT + 8 * 0x1F0, struct.pack("<Q", base | 3))
+    assert guest.run() == "memory_fault"
+    assert (guest.exit.memory_fault.gpa, guest.exit.memory_fault.unmapped) == (base, True)
+    assert guest.run(A.ACTION_SKIP) == "memory_fault"
+    assert guest.exit.memory_fault.gpa == base + 8
+
+
+def test_page_table_root_in_the_cores_own_structures(guest: Guest) -> None:
+    guest.long_mode("mov rax, 0x1000000000; mov cr3, rax; nop")
+    assert guest.run() == "memory_fault"
+    assert guest.exit.memory_fault.page_walk
+    assert guest.exit.memory_fault.unmapped
