@@ -17,7 +17,9 @@ ATTACK_GUIDE = (ROOT / "docs/attacks.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    """Fenced blocks of a language; "" for those that name none."""
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for named, content in every if named == language]
 
 
 def run(script: str) -> str:
