@@ -76,6 +76,7 @@ _INTERRUPT_SHADOW = 1 << 3
 _CS32, _SS32, _ADD_SEGMENT, _PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
 _LMA, _CS64, _OSFXSR, _SMAP = 1 << 14, 1 << 15, 1 << 22, 1 << 23
 _SVME, _GUEST = 1 << 20, 1 << 21
+_HIDDEN_FIRST, _HIDDEN_SECOND = layout.HIDDEN_FLAGS, layout.HIDDEN_FLAGS + 1
 _COMPUTED = 0x3 | _CS32 | _SS32 | _ADD_SEGMENT | _PE | 0xE00 | _LMA | _CS64 | _OSFXSR | _SMAP | _SVME
 
 # Attribute bits (vtlab.x86.segments); plain integers for speed.
@@ -154,10 +155,10 @@ class Environment:
     @property
     def bitness(self) -> int:
         """16, 32 or 64: size of the code segment."""
-        flags = self._state[layout.HIDDEN_FLAGS + 1] << 8 | self._state[layout.HIDDEN_FLAGS]
-        if flags & _CS64:
+        state = self._state
+        if state[_HIDDEN_SECOND] & _CS64 >> 8:
             return 64
-        return 32 if flags & _CS32 else 16
+        return 32 if state[_HIDDEN_FIRST] & _CS32 else 16
 
     # ------------------------------------------------------------------------------------------------ segments
 
