@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmm.connections import Connections
 from vmm.devices.bus import PortBus
 from vmm.events import EventLog
 from vmm.gate import Gate
@@ -69,6 +70,7 @@ class Board:
     msrs: SyntheticMsrs
     ports: PortBus
     processors: list[Processor] = field(default_factory=list)
+    connections: Connections = field(default_factory=Connections)
 
     def protect(self, updates: Sequence[ProtectionUpdate], *, reveal: bool = False) -> None:
         """Moves pages and changes their rights while no vCPU runs, and has the guest told before any runs again.
@@ -92,6 +94,19 @@ class Board:
         """Adds an update to the next enter of every vCPU."""
         for processor in self.processors:
             processor.post(update)
+
+    def tell(self, vp_index: int, update: Update) -> None:
+        """Gives an update to VTL0 of a vCPU as soon as can be: at once if it is outside, else it is made to exit.
+
+        One that waits already is not added again, since interrupts, flags and flushes mean the same twice as once, and
+        a guest could pile them up. Messages are each owed, and bounded by their senders' buffers.
+        """
+        processor = self.processors[vp_index]
+        if update.HasField("synic_message"):
+            processor.post(update)
+        else:
+            processor.post_once(update)
+        self.gate.kick(vp_index)
 
     def log_vtl(self, processor: Processor, vtl: int, what: str, code: int = 0) -> None:
         self.events.record(vmm_pb2.EVENT_KIND_VTL, (what, code), processor.index, vtl, processor.resumed)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from vtlab.hyperv import cpuid
-from vtlab.hyperv.cpuid import Hint, Privilege
+from vtlab.hyperv.cpuid import Feature, Hint, Privilege
 
 _BUILD = 1
 _MAJOR, _MINOR = 10, 0
 _BASE = (
-    Privilege.ACCESS_TIME_REF_COUNT
+    Privilege.ACCESS_VP_RUNTIME
+    | Privilege.ACCESS_TIME_REF_COUNT
+    | Privilege.ACCESS_SYNIC_REGISTERS
+    | Privilege.ACCESS_SYNTHETIC_TIMERS
+    | Privilege.ACCESS_APIC_MSRS
     | Privilege.ACCESS_HYPERCALL_MSRS
     | Privilege.ACCESS_VP_INDEX
     | Privilege.ACCESS_RESET
+    | Privilege.ACCESS_REFERENCE_TSC
+    | Privilege.ACCESS_GUEST_IDLE
+    | Privilege.ACCESS_FREQUENCIES
+    | Privilege.POST_MESSAGES
+    | Privilege.SIGNAL_EVENTS
 )
+_FEATURES = int(Feature.GUEST_IDLE | Feature.FREQUENCY_MSRS | Feature.SINT_POLLING | Feature.DIRECT_SYNTHETIC_TIMERS)
 _VSM = Privilege.ACCESS_VSM | Privilege.ACCESS_VP_REGISTERS
 _NEVER_SPIN = 0xFFFF_FFFF
 
@@ -27,7 +37,7 @@ def leaves(vp_count: int, vtl1: bool) -> dict[int, Leaf]:
         cpuid.LEAF_VENDOR: (cpuid.LEAF_LIMITS, *cpuid.VENDOR),
         cpuid.LEAF_INTERFACE: (cpuid.INTERFACE, 0, 0, 0),
         cpuid.LEAF_VERSION: (_BUILD, _MAJOR << 16 | _MINOR, 0, 0),
-        cpuid.LEAF_FEATURES: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, 0),
+        cpuid.LEAF_FEATURES: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, _FEATURES),
         cpuid.LEAF_HINTS: (int(Hint.RESET_MSR | Hint.RELAXED_TIMING), _NEVER_SPIN, 0, 0),
         cpuid.LEAF_LIMITS: (vp_count, vp_count, 0, 0),
     }

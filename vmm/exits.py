@@ -48,6 +48,8 @@ def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
     """
     for output in exit_.serial:
         board.events.record(_SERIAL, output, processor.index, VTL0, exit_.sequence, weight=len(output.data))
+    if exit_.synic_delivered:
+        board.connections.give_back(processor.index, exit_.synic_delivered)
     kind = exit_.WhichOneof("reason")
     handler = _TABLE.get(kind or "")
     if kind is None or handler is None:

@@ -1,13 +1,15 @@
-"""Synthetic MSRs of VTL0 as a table: index -> what reads and writes of it do (TLFS; vtlab.hyperv.msrs)."""
+"""Synthetic MSRs of the partition as a table: index -> what reads and writes of it do (TLFS; vtlab.hyperv.msrs).
+
+Those of a processor are the core's (vtl0_guest.cpu.hyperv.msrs) and do not come here.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmm.memory import WRITE, Memory
-from vmm.vtl import VTL0, VpVtl
+from vmm.vtl import VpVtl
 from vtlab.errors import VtlabError
 from vtlab.hyperv.msrs import HYPERCALL_LOCKED, PAGE_ENABLE, PAGE_NUMBER_SHIFT, RESET_REQUEST, HvMsr
 from vtlab.ram import PAGE_SIZE
@@ -28,16 +30,11 @@ class SyntheticMsrs:
 
     Attributes:
         guest_os_id, hypercall: as the guest wrote them.
-        started: time.monotonic_ns() of the partition's creation.
     """
 
     memory: Memory
     guest_os_id: int = 0
     hypercall: int = 0
-    started: int = 0
-
-    def __post_init__(self) -> None:
-        self.started = time.monotonic_ns()
 
     def read(self, index: int, vp_index: int, vp: VpVtl) -> int:
         """Raises GeneralProtectionError for an index that is not implemented."""
@@ -57,10 +54,6 @@ class SyntheticMsrs:
         if row is None or row[1] is None:
             raise GeneralProtectionError
         return row[1](self, value, vp)
-
-    def reference_time(self) -> int:
-        """Units of 100 ns since the partition was created."""
-        return (time.monotonic_ns() - self.started) // 100
 
 
 def _write_guest_os_id(msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update]:
@@ -87,11 +80,6 @@ def _write_hypercall(msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update
     return [Update(hypercall_page=HypercallPage(enabled=bool(value & PAGE_ENABLE), gfn=gfn))]
 
 
-def _write_assist_page(_msrs: SyntheticMsrs, value: int, vp: VpVtl) -> list[Update]:
-    vp.assist_page[VTL0] = value
-    return []
-
-
 def _write_reset(_msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update]:
     if value & RESET_REQUEST:
         raise ResetRequestError
@@ -105,9 +93,6 @@ _Write = Callable[[SyntheticMsrs, int, VpVtl], list[Update]]
 _TABLE: dict[int, tuple[_Read, _Write | None]] = {
     HvMsr.GUEST_OS_ID: (lambda msrs, _index, _vp: msrs.guest_os_id, _write_guest_os_id),
     HvMsr.HYPERCALL: (lambda msrs, _index, _vp: msrs.hypercall, _write_hypercall),
-    HvMsr.VP_INDEX: (lambda _msrs, index, _vp: index, None),
     HvMsr.RESET: (lambda _msrs, _index, _vp: 0, _write_reset),
-    HvMsr.TIME_REF_COUNT: (lambda msrs, _index, _vp: msrs.reference_time(), None),
-    HvMsr.VP_ASSIST_PAGE: (lambda _msrs, _index, vp: vp.assist_page[VTL0], _write_assist_page),
 }
 IMPLEMENTED = frozenset(_TABLE)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vmm import client_access
 from vmm.board import Board, Ending
+from vmm.devices import optional
 from vmm.devices.bus import PortBus
 from vmm.devices.fw_cfg import FwCfg
 from vmm.devices.testdev import TestDevice
@@ -270,6 +271,8 @@ class Machine:
             msrs=SyntheticMsrs(self._memory),
             ports=PortBus([FwCfg(self._memory, spec.vp_count, self._log_device), TestDevice()]),
         )
+        for device in optional.build(board):
+            board.ports.add(device)
         board.processors += [
             Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)
         ]

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from vmm.devices import optional
 from vmm.events import EventLog
 from vmm.images import ImageStore
 from vmm.level import Level
@@ -112,5 +113,6 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
     for field, holds, wanted in checks:
         if not holds():
             raise BadArgument(field, f"must be {wanted}")
+    optional.check(spec.devices)
     if spec.vp_count > 1:
         raise Unsupported("spec.vp_count", f"{spec.vp_count}: machines have one vCPU")

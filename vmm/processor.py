@@ -50,6 +50,13 @@ class Processor:
         with self._lock:
             self._waiting_for(vtl).extend(updates)
 
+    def post_once(self, update: Update, vtl: int = VTL0) -> None:
+        """Adds an update to the next enter of a level, unless the same one waits already. Thread-safe."""
+        with self._lock:
+            waiting = self._waiting_for(vtl)
+            if update not in waiting:
+                waiting.append(update)
+
     def _waiting_for(self, vtl: int) -> list[Update]:
         return self._pending_upper if vtl else self._pending
 

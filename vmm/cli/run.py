@@ -41,6 +41,10 @@ def run(
             "--flat", metavar="ADDRESS[,MODE]", help="The image is raw bytes for there; MODE real, protected, long."
         ),
     ] = "",
+    device: Annotated[
+        list[str] | None,
+        typer.Option("-device", metavar="NAME", help="An optional device: hyperv-testdev."),
+    ] = None,
     no_vtl1: Annotated[bool, typer.Option("--no-vtl1", help="Do not offer VTL1 to the guest.")] = False,
     policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
@@ -70,6 +74,7 @@ def run(
                 command_line=append,
                 modules=list(modules),
                 vtl1=not no_vtl1,
+                devices=device or [],
                 stop_on_reset=no_reboot,
                 **_boot(start),
             )

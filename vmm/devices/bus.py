@@ -26,7 +26,13 @@ class PortBus:
     """All port devices of a machine, by port."""
 
     def __init__(self, devices: Iterable[PortDevice]) -> None:
-        self._devices = {port: device for device in devices for port in device.ports}
+        self._devices: dict[int, PortDevice] = {}
+        for device in devices:
+            self.add(device)
+
+    def add(self, device: PortDevice) -> None:
+        """The device answers at its ports from now on."""
+        self._devices.update(dict.fromkeys(device.ports, device))
 
     def read(self, port: int, size: int) -> int:
         """An empty port reads all ones, as on a bus that nobody drives."""

@@ -1,6 +1,7 @@
 """Hypercalls: the ABI as pure decoding, one table of calls, and the rules of each as data."""
 
 from vmm.hypercalls.abi import Shape
+from vmm.hypercalls.synic_calls import POST_MESSAGE_SIZE, SIGNAL_EVENT_SIZE, post_message, signal_event
 from vmm.hypercalls.table import Hypercalls, Row
 from vmm.hypercalls.vp_registers import get_vp_registers, set_vp_registers
 from vmm.hypercalls.vsm_calls import (
@@ -28,6 +29,8 @@ HYPERCALLS = Hypercalls(
         HypercallCode.GET_VP_REGISTERS: Row(
             Shape(VP_HEADER_SIZE, element_in=4, element_out=REGISTER_VALUE_SIZE), get_vp_registers
         ),
+        HypercallCode.POST_MESSAGE: Row(Shape(POST_MESSAGE_SIZE, fast=False), post_message),
+        HypercallCode.SIGNAL_EVENT: Row(Shape(SIGNAL_EVENT_SIZE), signal_event),
         HypercallCode.SET_VP_REGISTERS: Row(
             Shape(VP_HEADER_SIZE, element_in=REGISTER_ASSOCIATION_SIZE), set_vp_registers
         ),

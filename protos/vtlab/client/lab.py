@@ -104,6 +104,7 @@ class Lab:
         load_address: int = 0,
         entry: int = 0,
         start_mode: vcpu_pb2.StartMode.ValueType = vcpu_pb2.START_MODE_UNSPECIFIED,
+        devices: Sequence[str] = (),
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -116,6 +117,7 @@ class Lab:
             modules: files or bytes for the boot loader's module list, each alone or with its command line.
             vtl1: offer VTL1 to the guest.
             stop_on_reset: a triple fault or a reset request ends the machine.
+            devices: optional ones (MachineSpec.devices).
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
         Raises:
@@ -130,6 +132,7 @@ class Lab:
             vp_count=vp_count,
             vtl1=vtl1,
             stop_on_reset=stop_on_reset,
+            devices=devices,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

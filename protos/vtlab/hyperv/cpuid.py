@@ -37,6 +37,15 @@ class Privilege(IntFlag):
     START_VIRTUAL_PROCESSOR = 1 << 53
 
 
+class Feature(IntFlag):
+    """EDX of the features leaf."""
+
+    GUEST_IDLE = 1 << 5
+    FREQUENCY_MSRS = 1 << 8
+    SINT_POLLING = 1 << 17
+    DIRECT_SYNTHETIC_TIMERS = 1 << 19
+
+
 class Hint(IntFlag):
     """EAX of the hints leaf."""
 

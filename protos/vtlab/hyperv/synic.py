@@ -93,9 +93,9 @@ def encode_message(type_: int, origin: int, payload: bytes, *, more: bool = Fals
 
 
 class TimerPayload(NamedTuple):
-    """HV_TIMER_MESSAGE_PAYLOAD: index u32@0, reserved u32, expiration u64@8, delivery u64@16, in units of 100 ns."""
+    """HV_TIMER_MESSAGE_PAYLOAD: index u32@0, reserved u32, expiration u64@8, delivery u64@16; units of 100 ns."""
 
-    index: int
+    timer: int
     expiration: int
     delivery: int
 
