@@ -18,13 +18,15 @@ from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.level import Level
 from vmm.memory import Memory
 from vmm.processor import Processor
-from vmm.vtl import PartitionVtl
+from vmm.vtl import VTL0, VTL1, PartitionVtl
+from vtlab.hyperv.profiles import DEFAULT_PROFILE, VsmProfile
 from vtlab.v1 import vmm_pb2
-from vtlab.v1.vcpu_pb2 import Enter, ProtectionUpdate, Update
+from vtlab.v1.vcpu_pb2 import Enter, Exit, PageAccess, ProtectionUpdate, Update
 from vtlab.v1.vmm_pb2 import MachineSpec, MachineState
 
 # Runs of a protection update that its event keeps; the first ones.
 _EVENT_RUNS = 256
+_ALL = PageAccess(read=True, write=True, kernel_execute=True, user_execute=True)
 
 
 class Ending(NamedTuple):
@@ -57,7 +59,10 @@ def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
 
 @dataclass(slots=True)
 class Board:
-    """Attributes are named for what they are; `monitor` is None where the machine has no VTL1."""
+    """Attributes are named for what they are; `monitor` is None where the machine has no VTL1.
+
+    `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code, else None.
+    """
 
     vm: str
     spec: MachineSpec
@@ -71,6 +76,24 @@ class Board:
     ports: PortBus
     processors: list[Processor] = field(default_factory=list)
     connections: Connections = field(default_factory=Connections)
+    profile: VsmProfile = DEFAULT_PROFILE
+    upper_msrs: SyntheticMsrs | None = None
+
+    @property
+    def guest_code(self) -> bool:
+        """VTL1 is code that VTL0 supplied; else a policy."""
+        return self.upper_msrs is not None
+
+    def msrs_of(self, vtl: int) -> SyntheticMsrs:
+        """The synthetic MSRs of a level; only guest code has its own at VTL1."""
+        return self.upper_msrs if vtl and self.upper_msrs is not None else self.msrs
+
+    def level(self, vtl: int) -> Level:
+        """Who runs a level. VTL1 must have been enabled."""
+        if not vtl:
+            return self.guest
+        assert self.monitor is not None, "VTL1 was enabled without a monitor"
+        return self.monitor
 
     def protect(self, updates: Sequence[ProtectionUpdate], *, reveal: bool = False) -> None:
         """Moves pages and changes their rights while no vCPU runs, and has the guest told before any runs again.
@@ -84,16 +107,26 @@ class Board:
                 self.memory.apply(update, reveal=reveal)
                 for processor in self.processors:
                     processor.post(Update(protection=update))
+                    if self.guest_code:  # VTL1 has all rights, in the file where the page is now
+                        moved = ProtectionUpdate(runs=update.runs, access=_ALL, store=update.store)
+                        processor.post(Update(protection=moved), vtl=VTL1)
         for update in updates:
             kept = update
             if len(update.runs) > 2 * _EVENT_RUNS:
                 kept = ProtectionUpdate(runs=update.runs[: 2 * _EVENT_RUNS], access=update.access, store=update.store)
             self.events.record(vmm_pb2.EVENT_KIND_PROTECTION, kept, weight=len(kept.runs) * 16)
 
-    def post_all(self, update: Update) -> None:
-        """Adds an update to the next enter of every vCPU."""
+    def post_all(self, update: Update, vtl: int = VTL0) -> None:
+        """Adds an update to the next enter of that level on every vCPU."""
         for processor in self.processors:
-            processor.post(update)
+            processor.post(update, vtl=vtl)
+
+    def record_serial(self, processor: Processor, vtl: int, exit_: Exit) -> None:
+        """Serial output of an exit that is not served otherwise."""
+        for output in exit_.serial:
+            self.events.record(
+                vmm_pb2.EVENT_KIND_SERIAL, output, processor.index, vtl, exit_.sequence, weight=len(output.data)
+            )
 
     def tell(self, vp_index: int, update: Update) -> None:
         """Gives an update to VTL0 of a vCPU as soon as can be: at once if it is outside, else it is made to exit.

@@ -1,4 +1,4 @@
-"""What the VMM does with each kind of exit of VTL0, as a table.
+"""What the VMM does with each kind of exit of guest code, VTL0's or VTL1's, as a table.
 
 Each row takes an exit that VTL1 does not want and gives the next enter or the end. Kinds without a row are not VTL0's
 to make: they break the machine.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmm import secure_intercepts, vtl_switch
 from vmm.board import Answer, Board, failed, reset_wanted, stopped
 from vmm.discovery import leaf
 from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import decode_registers
+from vmm.hypercalls.abi import Request, decode_registers
 from vmm.hyperv_msrs import GeneralProtectionError, ResetRequestError
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
-from vmm.vtl1 import SKIP, UNDEFINED_OPCODE, intercept, vtl_call
+from vmm.vtl1 import intercept, vtl_call
+from vmm.vtl_switch import SKIP, UNDEFINED_OPCODE
 from vtlab.errors import GuestMisbehaved
 from vtlab.hyperv.cpuid import HYPERVISOR_LEAVES
 from vtlab.hyperv.hypercalls import HypercallCode
@@ -24,12 +26,13 @@ from vtlab.v1.registers_pb2 import RegisterValue
 from vtlab.v1.vcpu_pb2 import Exit, Resolution, Update
 
 # Exits that are no news: they are not logged.
-_QUIET = frozenset({"kicked", "output"})
+_QUIET = frozenset({"kicked", "output", "vtl_return"})
 _SERIAL = vmm_pb2.EVENT_KIND_SERIAL
 _EXIT = vmm_pb2.EVENT_KIND_EXIT
 _COMPLETE = vcpu_pb2.ACTION_COMPLETE
 _DENY = Resolution(action=vcpu_pb2.ACTION_DENY)
 _COMMIT = Resolution(action=vcpu_pb2.ACTION_COMMIT)
+_RETRY = Resolution(action=vcpu_pb2.ACTION_RETRY)
 _VTL_SWITCHES = frozenset({int(HypercallCode.VTL_CALL), int(HypercallCode.VTL_RETURN)})
 _RESULT_REGISTERS = (
     registers_pb2.REGISTER_NAME_RAX,
@@ -40,24 +43,25 @@ _RESULT_REGISTERS = (
 
 
 def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    """Answers an exit of VTL0: VTL1 judges what it watches, the table does the rest.
+    """Answers an exit of the active level: VTL1 sees what it watches of VTL0, the table does the rest.
 
     Raises:
-        GuestMisbehaved: an exit that VTL0 cannot make.
+        GuestMisbehaved: an exit that this level cannot make.
         VtlabError: VTL1 did not answer, or what it wants cannot be done.
     """
+    vtl = processor.vtl.active
     for output in exit_.serial:
-        board.events.record(_SERIAL, output, processor.index, VTL0, exit_.sequence, weight=len(output.data))
-    if exit_.synic_delivered:
+        board.events.record(_SERIAL, output, processor.index, vtl, exit_.sequence, weight=len(output.data))
+    if exit_.synic_delivered and vtl == VTL0:
         board.connections.give_back(processor.index, exit_.synic_delivered)
     kind = exit_.WhichOneof("reason")
     handler = _TABLE.get(kind or "")
     if kind is None or handler is None:
-        raise GuestMisbehaved(f"VTL0 of {board.vm}", f"exits with {kind or 'nothing'}")
+        raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
     if kind not in _QUIET:
-        board.events.record(_EXIT, exit_, processor.index, VTL0, exit_.sequence, weight=512)
-    if processor.vtl.enabled >> VTL1 & 1 and processor.watched.wants(kind, exit_):
-        return intercept(board, processor, exit_)
+        board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
+    if vtl == VTL0 and processor.vtl.enabled >> VTL1 & 1 and processor.watched.wants(kind, exit_):
+        return (secure_intercepts.deliver if board.guest_code else intercept)(board, processor, exit_)
     return handler(board, processor, exit_)
 
 
@@ -75,10 +79,10 @@ def _hypercall(board: Board, processor: Processor, exit_: Exit) -> Answer:
     if request is None:
         return processor.resume(UNDEFINED_OPCODE)
     if request.value & 0xFFFF in _VTL_SWITCHES:
-        if request.value != HypercallCode.VTL_CALL:
-            return processor.resume(UNDEFINED_OPCODE)  # a return from VTL0, or bits beside the bare code
-        return vtl_call(board, processor, exit_, request.control)
-    result = HYPERCALLS.serve(board, processor, VTL0, exit_, request)
+        return _vtl_switch(board, processor, exit_, request)
+    result = HYPERCALLS.serve(board, processor, processor.vtl.active, exit_, request)
+    if result is None:
+        return processor.resume(_RETRY)
     if request.long_mode:
         return processor.resume(complete(result))
     halves = (
@@ -88,18 +92,29 @@ def _hypercall(board: Board, processor: Processor, exit_: Exit) -> Answer:
     return processor.resume(SKIP, halves)
 
 
+def _vtl_switch(board: Board, processor: Processor, exit_: Exit, request: Request) -> Answer:
+    """The value must be the bare code; other bits, and a return from VTL0, are #UD."""
+    if request.value == HypercallCode.VTL_CALL:
+        return (vtl_switch.call if board.guest_code else vtl_call)(board, processor, exit_, request.control)
+    if request.value == HypercallCode.VTL_RETURN:
+        return vtl_switch.return_(board, processor, exit_, request.control)
+    return processor.resume(UNDEFINED_OPCODE)
+
+
 def _msr(board: Board, processor: Processor, exit_: Exit) -> Answer:
     access = exit_.msr
+    vtl = processor.vtl.active
+    msrs = board.msrs_of(vtl)
     try:
         if not access.write:
-            return processor.resume(complete(board.msrs.read(access.index, processor.index, processor.vtl)))
-        updates = board.msrs.write(access.index, access.new_value, processor.vtl)
+            return processor.resume(complete(msrs.read(access.index, processor.index, processor.vtl)))
+        updates = msrs.write(access.index, access.new_value, processor.vtl)
     except GeneralProtectionError:
         return processor.resume(_DENY)
     except ResetRequestError:
         return reset_wanted(board.spec, "reset by the RESET MSR")
     for update in updates:
-        board.post_all(update)
+        board.post_all(update, vtl)
     return processor.resume(SKIP)
 
 
@@ -136,12 +151,27 @@ def _halt(board: Board, processor: Processor, exit_: Exit) -> Answer:
     """HLT that no interrupt can end waits at the gate, and whoever wakes it finds the vCPU behind the instruction."""
     if exit_.halt.interrupts_enabled:
         return processor.resume(_COMMIT)
-    board.gate.halt(processor.index)
+    board.gate.halt(processor.index, processor.vtl.active)
     return processor.resume(SKIP)
 
 
 def _resume(_board: Board, processor: Processor, _exit: Exit) -> Answer:
     return processor.resume()
+
+
+def _kicked(board: Board, processor: Processor, exit_: Exit) -> Answer:
+    """VTL0 comes out for an interrupt of VTL1, or for whoever holds the gate."""
+    levels = processor.vtl
+    if board.guest_code and levels.active == VTL0 and board.gate.take_interrupt(processor.index) and levels.has(VTL1):
+        return vtl_switch.interrupt(board, processor, exit_, None)
+    return processor.resume()
+
+
+def _vtl_return(board: Board, processor: Processor, _exit: Exit) -> Answer:
+    """The guest-code personality's own: it was entered for an interrupt that VTL1 does not let in."""
+    if not board.guest_code or processor.vtl.active != VTL1:
+        raise GuestMisbehaved(f"VTL{processor.vtl.active} of {board.vm}", "exits with vtl_return")
+    return vtl_switch.nothing_to_take(board, processor)
 
 
 def _commit(_board: Board, processor: Processor, _exit: Exit) -> Answer:
@@ -183,11 +213,12 @@ _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "cpuid": _cpuid,
     "halt": _halt,
     "invlpg": _commit,
-    "kicked": _resume,
+    "kicked": _kicked,
     "output": _resume,
     "shutdown": _shutdown,
     "reset_request": _reset,
     "power_off": _power_off,
     "debug_exit": _debug_exit,
     "failure": _failure,
+    "vtl_return": _vtl_return,
 }

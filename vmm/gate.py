@@ -110,6 +110,7 @@ class Gate:
         """No vCPU enters from now on, until as many calls of release()."""
         with self._condition:
             self._holds += 1
+            self._condition.notify_all()
 
     def release(self) -> None:
         with self._condition:
@@ -141,16 +142,16 @@ class Gate:
         if inside:
             self._kick(vp_index, sequence)
 
-    def wait(self, ready: Callable[[], bool]) -> None:
-        """Blocks a vCPU that is outside until `ready`, or until an interrupt for its VTL1, or anything that wants it in.
+    def wait(self, vp_index: int, ready: Callable[[], bool]) -> None:
+        """Blocks a vCPU that is outside until `ready`, an interrupt for its VTL1, or anybody who waits for it to park.
 
         Raises:
             Cancelled: the machine is being stopped.
         """
         with self._condition:
-            while not (ready() or self._interrupted or self._holds or self._flushing):
+            while not (ready() or vp_index in self._interrupted or self._holds):
                 if self._closed:
-                    raise Cancelled("vCPU", "the machine is being stopped")
+                    raise Cancelled(f"vCPU {vp_index}", "the machine is being stopped")
                 self._condition.wait()
 
     def changed(self) -> None:

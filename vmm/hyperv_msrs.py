@@ -1,4 +1,4 @@
-"""Synthetic MSRs of the partition as a table: index -> what reads and writes of it do (TLFS; vtlab.hyperv.msrs).
+"""Synthetic MSRs of a level as a table: index -> what reads and writes of it do (TLFS; vtlab.hyperv.msrs).
 
 Those of a processor are the core's (vtl0_guest.cpu.hyperv.msrs) and do not come here.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmm.memory import WRITE, Memory
-from vmm.vtl import VpVtl
+from vmm.vtl import VTL0, VpVtl
 from vtlab.errors import VtlabError
 from vtlab.hyperv.msrs import HYPERCALL_LOCKED, PAGE_ENABLE, PAGE_NUMBER_SHIFT, RESET_REQUEST, HvMsr
 from vtlab.ram import PAGE_SIZE
@@ -26,15 +26,17 @@ class ResetRequestError(Exception):
 
 @dataclass(slots=True)
 class SyntheticMsrs:
-    """Those of a partition; what each VP has of its own is in VpVtl.
+    """Those of one level of a partition; what each VP has of its own is in VpVtl.
 
     Attributes:
+        vtl: the level, with whose rights a page is placed.
         guest_os_id, hypercall: as the guest wrote them.
     """
 
     memory: Memory
     guest_os_id: int = 0
     hypercall: int = 0
+    vtl: int = VTL0
 
     def read(self, index: int, vp_index: int, vp: VpVtl) -> int:
         """Raises GeneralProtectionError for an index that is not implemented."""
@@ -73,7 +75,7 @@ def _write_hypercall(msrs: SyntheticMsrs, value: int, _vp: VpVtl) -> list[Update
     gfn = value >> PAGE_NUMBER_SHIFT
     if value & PAGE_ENABLE:
         try:
-            msrs.memory.check(gfn * PAGE_SIZE, PAGE_SIZE, WRITE)
+            msrs.memory.check(gfn * PAGE_SIZE, PAGE_SIZE, WRITE, msrs.vtl)
         except VtlabError:
             raise GeneralProtectionError from None
     msrs.hypercall = value

@@ -31,7 +31,8 @@ from vmm.run_loop import run
 from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
 from vtlab.errors import NotFound, TimedOut, VtlabError
-from vtlab.v1 import vmm_pb2
+from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
+from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, Update
 from vtlab.v1.vmm_pb2 import DeviceEvent, HijackRequest, MachineSpec, MachineState
@@ -257,7 +258,8 @@ class Machine:
 
     def _new_board(self) -> Board:
         spec = self.spec
-        gate = Gate(spec.vp_count, self._guest.kick)
+        processors: list[Processor] = []
+        gate = Gate(spec.vp_count, lambda vp_index, sequence: processors[vp_index].kick(sequence))
         gate.hold()  # until start
         board = Board(
             vm=self.vm,
@@ -270,13 +272,19 @@ class Machine:
             vtl=PartitionVtl(offered=spec.vtl1 and self._monitor is not None),
             msrs=SyntheticMsrs(self._memory),
             ports=PortBus([FwCfg(self._memory, spec.vp_count, self._log_device), TestDevice()]),
+            processors=processors,
+            profile=PROFILES[spec.vsm_profile or DEFAULT_PROFILE.name],
+            upper_msrs=SyntheticMsrs(self._memory, vtl=VTL1) if self._guest_code else None,
         )
         for device in optional.build(board):
             board.ports.add(device)
-        board.processors += [
-            Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)
-        ]
+        processors += [Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)]
         return board
+
+    @property
+    def _guest_code(self) -> bool:
+        """VTL1 is code that VTL0 supplies."""
+        return self._monitor is not None and self.spec.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
 
     def _spawn(self) -> None:
         board = self._board
@@ -335,8 +343,11 @@ class Machine:
                     ram_size=self.spec.ram_size,
                     memory_directory=str(self._directory),
                     image=self._image,
+                    personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
                 )
             )
+        if self._guest_code and self._monitor is not None:
+            self._monitor.listen(self._board.gate.interrupt)
 
     def _detach(self) -> None:
         """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""
@@ -357,7 +368,8 @@ class Machine:
         self.events.close()
 
     def _code_written(self, pages: list[int]) -> None:
-        self._board.post_all(Update(invalidate_code=InvalidateCode(gfns=pages)))
+        for vtl in (VTL0, VTL1) if self._guest_code else (VTL0,):
+            self._board.post_all(Update(invalidate_code=InvalidateCode(gfns=pages)), vtl)
 
     def _log_device(self, event: DeviceEvent) -> None:
         self.events.record(vmm_pb2.EVENT_KIND_DEVICE, event)

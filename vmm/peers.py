@@ -74,7 +74,7 @@ class RemoteLevel:
         self._lock = threading.Lock()
         self._closed = False
         self._runs_code = False
-        self._listening: grpc.Future | None = None
+        self._listening: Callable[[], object] | None = None
         if patience is not None:
             threading.Thread(target=self._watch, name=f"watch-vtl{vtl}", daemon=True).start()
 
@@ -129,10 +129,10 @@ class RemoteLevel:
         return exit_
 
     def listen(self, interrupted: Callable[[int], None]) -> None:
-        """Has `interrupted` called with a VP index, from a thread of its own, until the level is closed or attached anew."""
+        """See Level.listen; ends when the level is detached or closed."""
         self._stop_listening()
         call = self._stub.Events(vcpu_pb2.EventsRequest())
-        self._listening = call
+        self._listening = call.cancel
 
         def follow() -> None:
             try:
@@ -145,9 +145,9 @@ class RemoteLevel:
         threading.Thread(target=follow, name=f"events-vtl{self.vtl}", daemon=True).start()
 
     def _stop_listening(self) -> None:
-        call, self._listening = self._listening, None
-        if call is not None:
-            call.cancel()
+        cancel, self._listening = self._listening, None
+        if cancel is not None:
+            cancel()
 
     def hang_up(self) -> None:
         """Ends all streams: who waits in enter() gets Cancelled. The next enter() opens a new one."""

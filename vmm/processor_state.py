@@ -1,10 +1,11 @@
-"""Reading one register out of a ProcessorState, by name: pure."""
+"""Registers of a ProcessorState by name: pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from vtlab.v1.registers_pb2 import ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
+from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
+from vtlab.x86.registers import Msr
 
 _GENERAL = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
@@ -36,6 +37,8 @@ _WORDS: dict[int, Callable[[ProcessorState], int]] = {
     **{_number(name): _debug(position) for position, name in enumerate(_DEBUG)},
     _number("xfem"): lambda state: state.xcr0,
 }
+SEGMENTS = frozenset(_number(name) for name in _SEGMENTS)
+TABLES = frozenset(_number(name) for name in _TABLES)
 _SEGMENT_NAMES = {_number(name): name for name in _SEGMENTS}
 _TABLE_NAMES = {_number(name): name for name in _TABLES}
 REGISTERS = frozenset(_WORDS) | frozenset(_SEGMENT_NAMES) | frozenset(_TABLE_NAMES)
@@ -79,3 +82,24 @@ def register(state: ProcessorState, name: RegisterName.ValueType) -> RegisterVal
 def msr(state: ProcessorState, index: int) -> int | None:
     """An MSR that the core models, or None."""
     return next((item.value for item in state.msrs if item.index == index), None)
+
+
+def initial_state(values: Iterable[RegisterValue], pat: int) -> ProcessorState:
+    """The state that an initial VP context describes; DR6 and DR7 are as after RESET, XCR0 has x87 alone.
+
+    An illegal PAT, which a processor could not load, is left out.
+    """
+    state = ProcessorState(xcr0=1, debug=[0, 0, 0, 0, 0xFFFF_0FF0, 0x400])
+    registers = state.registers
+    for item in values:
+        name = RegisterName.Name(item.name).removeprefix("REGISTER_NAME_").lower()
+        if item.HasField("segment"):
+            (getattr(registers, name) if name in ("cs", "ss", "ds") else getattr(state, name)).CopyFrom(item.segment)
+        elif item.HasField("table"):
+            getattr(state, name).CopyFrom(item.table)
+        else:
+            setattr(registers, name, item.value)
+    registers.cpl = registers.ss.attributes >> 5 & 3
+    if all(pat >> shift & 0xFF in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8)):
+        state.msrs.append(MsrValue(index=Msr.PAT, value=pat))
+    return state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vtlab.hyperv.vsm import FULL_ACCESS
+from vtlab.hyperv.vsm import FULL_ACCESS, SecureConfig
 
 VTL0 = 0
 VTL1 = 1
@@ -23,15 +23,34 @@ class VpVtl:
         active: level that runs.
         assist_page: VP_ASSIST_PAGE MSR of each level.
         secure_config: VsmVpSecureConfigVtl0.
+        vina: VsmVina of VTL1.
+        cr_intercepts: CrInterceptControl and its masks (CR0, CR4, MISC_ENABLE) by HV_REGISTER_NAME.
+        ports: I/O ports that VTL1 intercepts.
+        started: HvCallStartVirtualProcessor started it.
     """
 
     enabled: int = 1 << VTL0
     active: int = VTL0
     assist_page: list[int] = field(default_factory=lambda: [0, 0])
     secure_config: int = 0
+    vina: int = 0
+    cr_intercepts: dict[int, int] = field(default_factory=dict)
+    ports: set[int] = field(default_factory=set)
+    started: bool = False
 
     def has(self, vtl: int) -> bool:
         return bool(self.enabled >> vtl & 1)
+
+    @property
+    def tlb_locked(self) -> bool:
+        """VTL1 holds back flushes that reach VTL0's translations here."""
+        return bool(self.secure_config & SecureConfig.TLB_LOCKED)
+
+    def release_tlb_lock(self) -> bool:
+        """A return to VTL0 does. True if there was one."""
+        held = self.tlb_locked
+        self.secure_config &= ~int(SecureConfig.TLB_LOCKED)
+        return held
 
 
 @dataclass(slots=True)

@@ -10,18 +10,13 @@ from vmm.board import Answer, Board, reset_wanted, stopped
 from vmm.intercept_filter import Watched
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, may_call
+from vmm.vtl_switch import SKIP, UNDEFINED_OPCODE
 from vtlab.errors import BadArgument, GuestMisbehaved
 from vtlab.hyperv.status import HvStatus
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, RegisterValue
 from vtlab.v1.vcpu_pb2 import Enter, Exit, Resolution, Update, VtlReturn
-from vtlab.v1.vcpu_pb2 import Exception as GuestException
-from vtlab.x86.registers import Msr, Vector
-
-SKIP = Resolution(action=vcpu_pb2.ACTION_SKIP)
-UNDEFINED_OPCODE = Resolution(
-    action=vcpu_pb2.ACTION_DENY, exception=GuestException(vector=Vector.UD), reason="#UD by the rules of the TLFS"
-)
+from vtlab.x86.registers import Msr
 
 
 def enter_vtl1(board: Board, processor: Processor, enter: Enter) -> VtlReturn:

@@ -35,7 +35,7 @@ class GuestCodeProcessor:
         self.state = processor.state
 
     def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """As Processor.run; an entry for an interrupt that is none, by TPR and priority, exits with KICKED at once."""
+        """As Processor.run; an entry for an interrupt that is none, by TPR and priority, is an empty VTL return."""
         if enter.reason == vcpu_pb2.ENTER_REASON_INTERRUPT:
             return self._interrupt(enter)
         if enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
@@ -47,7 +47,10 @@ class GuestCodeProcessor:
         context = self._processor.context
         self._processor.kick()
         updated = self._processor.run(vcpu_pb2.Enter(resolution=enter.resolution, updates=enter.updates))
-        if not updated.HasField("kicked") or self._platform.pending_vector(context.vp_index) is None:
+        if not updated.HasField("kicked"):
+            return updated
+        if self._platform.pending_vector(context.vp_index) is None:
+            updated.vtl_return.SetInParent()
             return updated
         levels.note_entry(context, ENTRY_REASON_INTERRUPT, enter.registers)
         exit_ = self._processor.run(vcpu_pb2.Enter(registers=enter.registers, shared=enter.shared))

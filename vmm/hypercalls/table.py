@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 from vmm.board import Board
 from vmm.hypercalls import abi
-from vmm.hypercalls.rules import OPENVMM, Facts, Profile
+from vmm.hypercalls.rules import CallRules, Facts, rules_of
 from vmm.processor import Processor
 from vtlab.errors import VtlabError
-from vtlab.hyperv.hypercalls import HypercallCode, encode_result
+from vtlab.hyperv.hypercalls import HypercallCode, InputValue, encode_result
+from vtlab.hyperv.profiles import VsmProfile
 from vtlab.hyperv.status import HvStatus
-from vtlab.v1.vcpu_pb2 import Exit
+from vtlab.v1 import registers_pb2
+from vtlab.v1.registers_pb2 import RegisterValue
+from vtlab.v1.vcpu_pb2 import Exit, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Call:
         vtl: the caller's level.
         exit: as it exited.
         header: input of the fixed size.
+        variable: the variable header.
         elements: of a rep call, from the start index on.
     """
 
@@ -31,9 +35,18 @@ class Call:
     processor: Processor
     vtl: int
     exit: Exit
-    profile: Profile
     header: bytes
     elements: Sequence[bytes] = ()
+    variable: bytes = b""
+
+    @property
+    def profile(self) -> VsmProfile:
+        """How the machine answers where the sources disagree."""
+        return self.board.profile
+
+    @property
+    def rules(self) -> CallRules:
+        return rules_of(self.board.profile.name)
 
     def facts(self) -> Facts:
         vps = tuple(processor.vtl for processor in self.board.processors)
@@ -41,56 +54,83 @@ class Call:
 
 
 class Reply(NamedTuple):
-    """`reps` counts the elements done in this call; `output` is theirs, or that of a simple call."""
+    """`reps` counts the elements done in this call; `output` is theirs, or that of a simple call.
+
+    `again`: nothing was done; the caller makes the call once more, when what it waits for may have come.
+    """
 
     status: HvStatus
     output: bytes = b""
     reps: int = 0
+    again: bool = False
 
 
 class Row(NamedTuple):
+    """`columns` replaces the shape in profiles whose elements stand in columns; `empty`: see no_repetitions there."""
+
     shape: abi.Shape
     serve: Callable[[Call], Reply]
+    columns: abi.Shape | None = None
+    empty: bool = False
 
 
 class Hypercalls:
     """The calls that a machine offers."""
 
-    def __init__(self, rows: dict[HypercallCode, Row], profile: Profile = OPENVMM) -> None:
+    def __init__(self, rows: dict[HypercallCode, Row]) -> None:
         self._rows: dict[int, Row] = {int(code): row for code, row in rows.items()}
-        self._profile = profile
 
-    def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: abi.Request) -> int:
-        """The result value. Never raises for anything that a guest can put into a call."""
+    def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: abi.Request) -> int | None:
+        """The result value, or None if the caller has to make the call again.
+
+        Never raises for anything that a guest can put into a call.
+        """
         row = self._rows.get(request.value & 0xFFFF)
         if row is None:
             return encode_result(HvStatus.INVALID_HYPERCALL_CODE)
+        profile = board.profile
         value = abi.decode(request)
-        shape = row.shape
-        status = abi.check_input_value(value, shape, strict_reserved=self._profile.strict_reserved)
+        shape = row.columns if row.columns is not None and profile.register_columns else row.shape
+        xmm = exit_.hypercall.xmm
+        empty = row.empty and not profile.no_repetitions
+        status = abi.check_input_value(value, shape, xmm=bool(xmm), no_repetitions=empty)
+        if value.reserved:
+            status = status or profile.reserved_input_bits
         if status:
             return encode_result(status, value.rep_start)
-        data = abi.read_input(board.memory, request, value, shape, vtl)
+        data = abi.read_input(board.memory, request, value, shape, vtl, xmm)
         if isinstance(data, HvStatus):
             return encode_result(data, value.rep_start)
-        step = shape.element_in
-        starts = range(shape.header + value.rep_start * step, len(data), step) if shape.rep else ()
-        elements = [data[start : start + step] for start in starts]
-        call = Call(board, processor, vtl, exit_, self._profile, data[: shape.header], elements)
+        fixed = shape.header + 8 * value.variable_header
+        elements = abi.split_elements(data, value, shape)
+        call = Call(board, processor, vtl, exit_, data[: shape.header], elements, data[shape.header : fixed])
         reply = row.serve(call)
-        if reply.output and not self._write_back(board, request, shape, value.rep_start, reply, vtl):
+        if reply.again:
+            return None
+        if reply.output and not self._write_back(call, request, value, shape, reply):
             return encode_result(HvStatus.INVALID_HYPERCALL_INPUT, value.rep_start)
         return encode_result(reply.status, value.rep_start + reply.reps if shape.rep else 0)
 
     @staticmethod
-    def _write_back(
-        board: Board, request: abi.Request, shape: abi.Shape, rep_start: int, reply: Reply, vtl: int
-    ) -> bool:
+    def _write_back(call: Call, request: abi.Request, value: InputValue, shape: abi.Shape, reply: Reply) -> bool:
         """A simple call gives output only on success, a rep call that of the elements it did."""
         if reply.status and not shape.rep:
             return True
+        offset = value.rep_start * shape.element_out
+        if value.fast:
+            xmm = bytearray(call.exit.hypercall.xmm)
+            start = abi.fast_output(value, shape) - abi.FAST_INPUT_SIZE + offset
+            xmm[start : start + len(reply.output)] = reply.output
+            for number in range(start // 16, -(-(start + len(reply.output)) // 16)):
+                call.processor.post(_vector(number, bytes(xmm[16 * number :][:16])), vtl=call.vtl)
+            return True
         try:
-            board.memory.write(request.output + rep_start * shape.element_out, reply.output, vtl)
+            call.board.memory.write(request.output + offset, reply.output, call.vtl)
         except VtlabError:
             return False  # the call itself took the right away: it was checked before
         return True
+
+
+def _vector(number: int, value: bytes) -> Update:
+    name = registers_pb2.REGISTER_NAME_XMM0 + number
+    return Update(register=RegisterValue(name=name, vector=value))  # type: ignore[arg-type]

@@ -1,16 +1,15 @@
-"""The VSM hypercalls: EnablePartitionVtl, EnableVpVtl, ModifyVtlProtectionMask (TLFS, "Virtual Secure Mode")."""
+"""The VSM hypercalls that bring levels to life and protect pages (TLFS, "Virtual Secure Mode")."""
 
 from __future__ import annotations
 
-from itertools import groupby
-
-from vmm.board import Board
+from vmm.hypercalls.protection import protect
 from vmm.hypercalls.rules import first_objection, resolve_vp
 from vmm.hypercalls.table import Call, Reply
-from vmm.memory import objection, rights_of
+from vmm.processor import Processor
+from vmm.processor_state import initial_state
 from vmm.vtl import VTL1
 from vmm.vtl1 import enable_vtl1
-from vtlab.errors import VtlabError
+from vtlab.hyperv.hypercalls import PARTITION_SELF, decode_input_vtl
 from vtlab.hyperv.layouts import (
     INITIAL_VP_CONTEXT_SIZE,
     VP_HEADER_SIZE,
@@ -20,17 +19,17 @@ from vtlab.hyperv.layouts import (
     decode_initial_vp_context,
 )
 from vtlab.hyperv.status import HvStatus
-from vtlab.hyperv.vsm import EnablePartitionVtlFlags, MapGpaFlags
-from vtlab.v1 import vcpu_pb2
-from vtlab.v1.vcpu_pb2 import PageAccess, ProtectionUpdate
+from vtlab.hyperv.vsm import EnablePartitionVtlFlags
+from vtlab.v1.vcpu_pb2 import StartProcessor, Update
 
 ENABLE_VP_VTL_SIZE = VP_HEADER_SIZE + INITIAL_VP_CONTEXT_SIZE
+APIC_ID_HEADER_SIZE = 16
 
 
 def enable_partition_vtl(call: Call) -> Reply:
     """HvCallEnablePartitionVtl: VTL1 may be enabled on VPs from now on."""
     request = EnablePartitionVtlInput.decode(call.header)
-    status = first_objection(call.profile.enable_partition_vtl, call.facts(), request)
+    status = first_objection(call.rules.enable_partition_vtl, call.facts(), request)
     if status:
         return Reply(status)
     levels = call.board.vtl
@@ -45,55 +44,68 @@ def enable_vp_vtl(call: Call) -> Reply:
     """HvCallEnableVpVtl: VTL1 comes to life on a VP; the monitor may refuse."""
     request = VpHeader.decode(call.header[:VP_HEADER_SIZE])
     facts = call.facts()
-    status = first_objection(call.profile.enable_vp_vtl, facts, request)
+    status = first_objection(call.rules.enable_vp_vtl, facts, request)
     if status:
         return Reply(status)
     target = call.board.processors[resolve_vp(facts, request.vp_index)]
     registers, pat = decode_initial_vp_context(call.header[VP_HEADER_SIZE:])
+    if call.board.guest_code:
+        target.vtl.enabled |= 1 << VTL1
+        _start(target, VTL1, call.header[VP_HEADER_SIZE:])
+        call.board.log_vtl(target, call.vtl, "enable-vp", VTL1)
+        return Reply(HvStatus.SUCCESS)
     if not enable_vtl1(call.board, target, call.exit, registers, pat):
         return Reply(HvStatus.ACCESS_DENIED)
     return Reply(HvStatus.SUCCESS)
 
 
+def _start(target: Processor, vtl: int, context: bytes) -> None:
+    """What that level starts with on its first entry."""
+    registers, pat = decode_initial_vp_context(context)
+    target.post(Update(start_processor=StartProcessor(state=initial_state(registers, pat))), vtl=vtl)
+
+
+def start_virtual_processor(call: Call) -> Reply:
+    """HvCallStartVirtualProcessor: a VP that was never started begins with the context, at the level it is for."""
+    request = VpHeader.decode(call.header[:VP_HEADER_SIZE])
+    facts = call.facts()
+    status = first_objection(call.rules.start_virtual_processor, facts, request)
+    if status:
+        return Reply(status)
+    target = call.board.processors[resolve_vp(facts, request.vp_index)]
+    target.vtl.started = True
+    _start(target, request.vtl, call.header[VP_HEADER_SIZE:])
+    if request.vtl:
+        call.board.gate.interrupt(target.index)
+    else:
+        call.board.gate.kick(target.index)
+    return Reply(HvStatus.SUCCESS)
+
+
+def get_vp_index_from_apic_id(call: Call) -> Reply:
+    """HvCallGetVpIndexFromApicId: both are the same here. partition u64@0, HV_INPUT_VTL u8@8, reserved 7; ids u32."""
+    partition, target = int.from_bytes(call.header[:8], "little"), decode_input_vtl(call.header[8])
+    if partition != PARTITION_SELF:
+        return Reply(HvStatus.INVALID_PARTITION_ID)
+    if target.reserved:
+        return Reply(HvStatus.INVALID_PARAMETER)
+    if target.explicit and target.vtl > call.vtl:
+        return Reply(HvStatus.ACCESS_DENIED)
+    count = len(call.board.processors)
+    good = next((n for n, raw in enumerate(call.elements) if int.from_bytes(raw, "little") >= count), None)
+    output = b"".join(call.elements[:good])
+    status = HvStatus.SUCCESS if good is None else HvStatus.INVALID_PARAMETER
+    return Reply(status, output, len(call.elements) if good is None else good)
+
+
 def modify_vtl_protection_mask(call: Call) -> Reply:
     """HvCallModifyVtlProtectionMask: what VTL0 may do with pages. From VTL0 itself it is always refused."""
     header = ModifyProtectionHeader.decode(call.header)
-    status = first_objection(call.profile.modify_vtl_protection_mask, call.facts(), header)
+    status = first_objection(call.rules.modify_vtl_protection_mask, call.facts(), header)
     if status:
         return Reply(status)
     pages = [int.from_bytes(element, "little") for element in call.elements]
     good = next((count for count, page in enumerate(pages) if page >= call.board.memory.pages), len(pages))
-    if good and not _protect(call.board, pages[:good], header.map_flags):
+    if good and not protect(call, pages[:good], header.map_flags):
         return Reply(HvStatus.INVALID_PARAMETER)
     return Reply(HvStatus.SUCCESS if good == len(pages) else HvStatus.INVALID_PARAMETER, reps=good)
-
-
-def _protect(board: Board, pages: list[int], flags: int) -> bool:
-    access = PageAccess(
-        read=bool(flags & MapGpaFlags.READABLE),
-        write=bool(flags & MapGpaFlags.WRITABLE),
-        kernel_execute=bool(flags & MapGpaFlags.KERNEL_EXECUTABLE),
-        user_execute=bool(flags & MapGpaFlags.USER_EXECUTABLE),
-    )
-    if access.write:
-        store = vcpu_pb2.PAGE_STORE_WRITABLE
-    elif access.read:
-        store = vcpu_pb2.PAGE_STORE_SEALED
-    else:
-        store = vcpu_pb2.PAGE_STORE_PRIVATE
-    assert objection(0, rights_of(access)) is None
-    update = ProtectionUpdate(runs=runs_of(pages), access=access, store=store)
-    try:
-        board.protect([update], reveal=True)
-    except VtlabError:
-        return False
-    return True
-
-
-def runs_of(pages: list[int]) -> list[int]:
-    """Pairs of first page and length, in the order given."""
-    runs: list[int] = []
-    for _, group in groupby(enumerate(pages), lambda item: item[1] - item[0]):
-        members = [page for _, page in group]
-        runs += [members[0], len(members)]
-    return runs

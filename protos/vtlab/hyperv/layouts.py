@@ -63,6 +63,76 @@ class ModifyProtectionHeader(NamedTuple):
         return struct.pack("<QIB3x", *self)
 
 
+class TranslateInput(NamedTuple):
+    """HvCallTranslateVirtualAddress(Ex): partition u64@0, vp u32@8, reserved u32@12, flags u64@16, gva page u64@24."""
+
+    partition: int
+    vp_index: int
+    flags: int
+    page: int
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        return cls(*struct.unpack("<QI4xQQ", data))
+
+    def encode(self) -> bytes:
+        return struct.pack("<QI4xQQ", *self)
+
+
+TRANSLATE_INPUT_SIZE: Final = 32
+
+
+class ClusterIpi(NamedTuple):
+    """HvCallSendSyntheticClusterIpi(Ex): vector u32@0, HV_INPUT_VTL u8@4, flags u8@5, reserved u16@6; VP set @8."""
+
+    vector: int
+    input_vtl: int
+    flags: int
+    reserved: int
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        return cls(*struct.unpack("<IBBH", data))
+
+    def encode(self) -> bytes:
+        return struct.pack("<IBBH", *self)
+
+
+CLUSTER_IPI_SIZE: Final = 8
+
+
+class InstallInterceptInput(NamedTuple):
+    """HvCallInstallIntercept: partition u64@0, access mask u32@8, type u32@12, parameters u64@16."""
+
+    partition: int
+    access: int
+    kind: int
+    parameter: int
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        return cls(*struct.unpack("<QIIQ", data))
+
+    def encode(self) -> bytes:
+        return struct.pack("<QIIQ", *self)
+
+
+INSTALL_INTERCEPT_SIZE: Final = 24
+
+SPARSE_VP_SET: Final = 0
+ALL_VPS_SET: Final = 1
+
+
+def decode_vp_set(data: bytes, banks: bytes) -> set[int] | None:
+    """HV_VP_SET: format u64@0, valid banks u64@8, then one u64 a bank; None if it makes no sense or means all VPs."""
+    form, valid = struct.unpack("<QQ", data)
+    if form != SPARSE_VP_SET or len(banks) != 8 * valid.bit_count():
+        return None
+    words = struct.unpack(f"<{len(banks) // 8}Q", banks)
+    numbers = [number for number in range(64) if valid >> number & 1]
+    return {64 * bank + bit for bank, word in zip(numbers, words, strict=True) for bit in range(64) if word >> bit & 1}
+
+
 class RegisterAssociation(NamedTuple):
     """Element of HvCallSetVpRegisters: name u32@0, reserved 12, value 16 bytes @16."""
 

@@ -6,6 +6,7 @@ of the processor are in MSR_OF_REGISTER.
 
 from enum import IntEnum
 
+from vtlab.hyperv.msrs import HvMsr
 from vtlab.x86.registers import Msr
 
 
@@ -48,3 +49,14 @@ MSR_OF_REGISTER = {
     0x0008_00A0: Msr.MISC_ENABLE,
 }
 """HV_REGISTER_NAME -> index of the MSR that it names."""
+
+SYNTHETIC_MSR_OF_REGISTER: dict[int, int] = {
+    HvRegister.VP_ASSIST_PAGE: HvMsr.VP_ASSIST_PAGE,
+    **{0x000A_0000 + number: HvMsr.SINT0 + number for number in range(16)},
+    0x000A_0010: HvMsr.SCONTROL,
+    0x000A_0011: HvMsr.SVERSION,
+    0x000A_0012: HvMsr.SIEFP,
+    0x000A_0013: HvMsr.SIMP,
+    **{0x000B_0000 + number: HvMsr.STIMER0_CONFIG + number for number in range(8)},
+}
+"""HV_REGISTER_NAME -> index of the synthetic MSR that it names."""

@@ -85,10 +85,23 @@ class CrInterceptControl(IntFlag):
 
 
 class Capabilities(IntFlag):
-    """HvRegisterVsmCapabilities; the MBEC mask, one bit a VTL, is [16:1]."""
+    """HvRegisterVsmCapabilities, counted from bit 0; the MBEC mask, one bit a VTL, is [16:1]."""
 
     DR6_SHARED = 1 << 0
     DENY_LOWER_VTL_STARTUP = 1 << 17
+
+
+_MBEC_SHIFT = 1
+# Counted from the top, as the TLFS has it: DR6 63, MBEC 62:47, deny 46.
+_TOP_OF = {Capabilities.DR6_SHARED: 63, Capabilities.DENY_LOWER_VTL_STARTUP: 46}
+_TOP_MBEC_SHIFT = 47
+
+
+def capabilities(found: Capabilities, mbec: int, *, from_top: bool) -> int:
+    """HvRegisterVsmCapabilities; `mbec` is the set of levels that can have MBEC."""
+    if not from_top:
+        return int(found) | mbec << _MBEC_SHIFT
+    return sum(1 << place for bit, place in _TOP_OF.items() if found & bit) | mbec << _TOP_MBEC_SHIFT
 
 
 # The hypercall page. Guests reach the VTL switches through the offsets that VsmCodePageOffsets gives: each copies its

@@ -13,8 +13,8 @@ from tests.unit.vmm.fakes import FakeLevel, returns
 from vmm.board import Board
 from vmm.hypercalls import HYPERCALLS
 from vmm.hypercalls.abi import Request
+from vmm.hypercalls.protection import runs_of
 from vmm.hypercalls.rules import legal_map_flags
-from vmm.hypercalls.vsm_calls import runs_of
 from vmm.vtl import VTL1
 from vtlab.hyperv.hypercalls import (
     PARTITION_SELF,
@@ -32,12 +32,13 @@ from vtlab.hyperv.layouts import (
     decode_initial_vp_context,
     encode_initial_vp_context,
 )
+from vtlab.hyperv.msrs import HvMsr
 from vtlab.hyperv.registers import HvRegister
 from vtlab.hyperv.status import HvStatus as S
 from vtlab.hyperv.vsm import VTL_CALL_OFFSET, VTL_RETURN_OFFSET
 from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import vcpu_pb2
-from vtlab.v1.registers_pb2 import RegisterName
+from vtlab.v1.registers_pb2 import MsrValue, RegisterName
 from vtlab.v1.vcpu_pb2 import Exit, Hypercall, PageAccess, ProtectionUpdate
 
 INPUT, OUTPUT = 0x10000, 0x20000
@@ -375,7 +376,7 @@ def set_register(board: Board, name: int, value: int, vtl: int = 0, vp: int = VP
 
 def test_set_assist_page(enabled: Board) -> None:
     assert set_register(enabled, HvRegister.VP_ASSIST_PAGE, 0x9001) == (S.SUCCESS, 1)
-    assert enabled.processors[0].vtl.assist_page == [0x9001, 0]
+    assert enabled.processors[0]._pending[-1].msr == MsrValue(index=HvMsr.VP_ASSIST_PAGE, value=0x9001)
     assert set_register(enabled, HvRegister.VSM_VP_STATUS, 0) == (S.INVALID_PARAMETER, 0)
     assert set_register(enabled, HvRegister.VP_ASSIST_PAGE, 1, vp=1) == (S.INVALID_VP_INDEX, 0)
 
