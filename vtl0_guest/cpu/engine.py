@@ -31,6 +31,7 @@ from unicorn.x86_const import (
 )
 
 from vtl0_guest.cpu import engine_fixes, layout, native_hooks, vmcb
+from vtl0_guest.cpu.native_memory import NativeMemory, Piece
 from vtl0_guest.cpu.nested import HIDDEN_BASE, NESTED_BASE, REGION_SHIFT, NestedTable
 from vtl0_guest.cpu.unicorn_library import CTL_TB_FLUSH, CTL_TLB_FLUSH, EngineUnsupported, address_of, library
 from vtl0_guest.cpu.vectors import Vectors
@@ -86,7 +87,6 @@ class Engine:
         self.layout = found
         self._nested = nested
         self._regions = {region.base >> REGION_SHIFT: region for region in regions}
-        self._code_bases: dict[int, int] = {}
         self._handle = ctypes.c_void_p(layout.handle_of(self._uc))
         self.state = memoryview((ctypes.c_char * layout.STRUCTURE_SIZE).from_address(found.environment)).cast("B")
         self.words = self.state.cast("Q")
@@ -118,14 +118,19 @@ class Engine:
         place = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)(
             address_of("qemu_ram_addr_from_host_x86_64")
         )
-        for number, region in self._regions.items():
-            # The engine keys translated code by its own numbering of host memory.
-            self._code_bases[number] = place(self._handle, region.address)
         self._uc.mem_map_ptr(NESTED_BASE, self._nested.size, UC_PROT_ALL, self._nested.address)
         self._hidden = mmap.mmap(-1, _HIDDEN_SIZE)
         self._hidden_address = ctypes.addressof(ctypes.c_char.from_buffer(self._hidden))
         self._uc.mem_map_ptr(HIDDEN_BASE, _HIDDEN_SIZE, UC_PROT_ALL, self._hidden_address)
         self._exitinfo2 = ctypes.c_uint64.from_address(self._hidden_address + _VMCB - HIDDEN_BASE + vmcb.EXITINFO2)
+        hosts = {number: (region.address, region.size) for number, region in self._regions.items()} | {
+            NESTED_BASE >> REGION_SHIFT: (self._nested.address, self._nested.size),
+            HIDDEN_BASE >> REGION_SHIFT: (self._hidden_address, _HIDDEN_SIZE),
+        }
+        # The engine keys translated code by its own numbering of host memory.
+        pieces = {number: Piece(host, size, place(self._handle, host)) for number, (host, size) in hosts.items()}
+        self._code_bases = {number: pieces[number].first for number in self._regions}
+        self._memory = NativeMemory(self.layout.processor, self._handle.value or 0, pieces)
 
     def _add_hook(self, kind: int, function: int, *instruction: int, begin: int = 1, end: int = 0) -> int:
         """Returns the handle, which is the address of Unicorn's `struct hook`."""
@@ -152,6 +157,7 @@ class Engine:
             ctypes.addressof(self._mailbox),
             found.environment + self._nested_cr3 * 8,
             self._lines.address,
+            self._memory,
         )
         self._hooks = hooks  # the code lives as long as the engine
         self._add_hook(UC_HOOK_INTR, hooks.exit)
@@ -413,6 +419,7 @@ class Engine:
         library.uc_ctl(self._handle, CTL_TLB_FLUSH)
 
     def close(self) -> None:
+        self._memory.close()
         self.state.release()
         self.words.release()
         del self._uc

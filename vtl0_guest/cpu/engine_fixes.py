@@ -81,11 +81,15 @@ def _apply(fix: Fix) -> None:
         return
     if code.count(fix.before) != 1:
         raise EngineUnsupported(f"Unicorn library: {fix.name} is not the one of unicorn 2.1.4 for x86-64 Linux")
-    address = start + code.index(fix.before)
+    write_code(start + code.index(fix.before), fix.after)
+
+
+def write_code(address: int, data: bytes) -> None:
+    """Overwrites code of the library in this process. Raises EngineUnsupported if its pages cannot be made writable."""
     page = address & ~(mmap.PAGESIZE - 1)
-    span = ctypes.c_size_t(address + len(fix.after) - page)
+    span = ctypes.c_size_t(address + len(data) - page)
     protect = _libc.mprotect
     if protect(ctypes.c_void_p(page), span, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC):
         raise EngineUnsupported(f"Unicorn library: mprotect failed with errno {ctypes.get_errno()}")
-    ctypes.memmove(address, fix.after, len(fix.after))
+    ctypes.memmove(address, data, len(data))
     protect(ctypes.c_void_p(page), span, mmap.PROT_READ | mmap.PROT_EXEC)

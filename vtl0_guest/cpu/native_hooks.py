@@ -17,6 +17,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from vtl0_guest.cpu import layout
+from vtl0_guest.cpu.native_memory import NativeMemory
 from vtl0_guest.cpu.unicorn_library import EngineUnsupported, address_of
 
 # Mailbox: byte offsets of its words.
@@ -97,7 +98,9 @@ def _link(parts: list[bytes | _Jump | str]) -> bytes:
 class NativeHooks:
     """The machine code of one engine's hooks; every attribute is a function's address."""
 
-    def __init__(self, processor: int, environment: int, mailbox: int, nested_cr3: int, lines: int) -> None:
+    def __init__(
+        self, processor: int, environment: int, mailbox: int, nested_cr3: int, lines: int, memory: NativeMemory
+    ) -> None:
         """Takes addresses: QEMU's CPUState, CPUX86State, the mailbox, the nested CR3, the interrupt lines."""
         emu_stop, loop_exit = address_of("uc_emu_stop"), address_of("cpu_loop_exit_x86_64")
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -133,7 +136,7 @@ class NativeHooks:
         record = _store(ADDRESS, "498951") + _store(SIZE, "418949") + _store(VALUE, "4d8941") + _store(DETAIL, "418971")
         self.store_refused = self._add(record + _reason("41c741", Reason.STORE_REFUSED) + leave)
         self.block = self._add(_block_code(environment, stop))
-        self.translate = self._add(_translate_code(mailbox, nested_cr3))
+        self.translate = self._add(_translate_code(mailbox, nested_cr3, memory))
 
     def _add(self, code: bytes) -> int:
         if self._used + len(code) > len(self._code):
@@ -176,8 +179,10 @@ def _block_code(environment: int, stop: bytes) -> bytes:
     )
 
 
-def _translate_code(mailbox: int, nested_cr3: int) -> bytes:
+def _translate_code(mailbox: int, nested_cr3: int, memory: NativeMemory) -> bytes:
     """Stands before QEMU's tlb_fill (cpu, address, size, access, r8d MMU index, ...): chooses the nested root.
+
+    It also names this engine as the running one to native_memory.py.
 
     The engine keeps separate TLBs for CPL3 and below, so what a root allows is only ever used at its own level.
     """
@@ -188,6 +193,9 @@ def _translate_code(mailbox: int, nested_cr3: int) -> bytes:
         + _store(USER_ROOT, "4c0f4450")  # cmove r10, [rax + USER_ROOT]
         + _movabs(_RAX, nested_cr3)
         + b"\x4c\x89\x10"  # mov [rax], r10
+        + _movabs(_RAX, memory.running)
+        + _movabs(_R10, memory.record)
+        + b"\x4c\x89\x10"
         + _movabs(_RAX, address_of("x86_cpu_tlb_fill_x86_64"))
         + b"\xff\xe0"
     )
