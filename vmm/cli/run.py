@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    image: Annotated[str, typer.Argument(help="Multiboot, ELF or flat image.")] = "",
+    image: Annotated[str, typer.Argument(help="Linux kernel, multiboot, ELF or flat image.")] = "",
     kernel: Annotated[str, typer.Option("-kernel", metavar="IMAGE", help="The same as the argument.")] = "",
     ram: Annotated[str, typer.Option("-m", metavar="SIZE", help="RAM, in MiB or with a unit.")] = "64M",
     processors: Annotated[int, typer.Option("-smp", metavar="N", min=1, help="vCPUs.")] = 1,
     append: Annotated[str, typer.Option("-append", metavar="TEXT", help="Kernel command line.")] = "",
-    initrd: Annotated[str, typer.Option("-initrd", metavar="FILE[ ARGS][,…]", help="Multiboot modules.")] = "",
+    initrd: Annotated[str, typer.Option("-initrd", metavar="FILE[ ARGS][,…]", help="Initial RAM disk, or multiboot modules.")] = "",
     serial: Annotated[
         list[str] | None,
         typer.Option("-serial", metavar="TARGET", help="stdio, file:PATH or null; twice for COM2."),
