@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterable
 
 from vtl0_guest.cpu import hypercall_page, msrs, startup
+from vtl0_guest.cpu.coherence import Coherence
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import Platform
 from vtl0_guest.cpu.engine import Engine, Region
+from vtl0_guest.cpu.faults import NestedFault
 from vtl0_guest.cpu.guest_memory import PhysicalMemory
 from vtl0_guest.cpu.hyperv.virtual_processor import Partition
 from vtl0_guest.cpu.nested import (
@@ -69,6 +71,9 @@ class Core:
     Attributes:
         nested: the nested page table that all processors share.
         turns: of the processors; one runs at a time.
+        coherence: sees to code that one processor writes and another runs.
+        carrier: the processor whose last exit carried serial output, until it is entered again. Others carry none
+            meanwhile, so that whoever takes exits on several threads gets the output in order.
         output_waits: the guest has written serial output that no exit has carried away.
         shares_state: every exit carries what the levels of a vCPU share, since the other level runs guest code too.
     """
@@ -114,6 +119,9 @@ class Core:
             self._hide_device_pages(context)
             if index:
                 startup.init(context)
+        engines = [processor.context.engine for processor in self._processors]
+        self.coherence = Coherence(self.nested, engines, self._content)
+        self.carrier: int | None = None
         self._closed = False
         self.output_waits = False
         self._timer_changed = threading.Condition()
@@ -192,6 +200,13 @@ class Core:
                     for file in self._ram.views:
                         engine.invalidate_pages(_BASES[file] + page * PAGE_SIZE, 1)
 
+    def _content(self, page: int) -> bytes | None:
+        """The bytes of a guest page, or None."""
+        try:
+            return self._physical.read(page * PAGE_SIZE, PAGE_SIZE)
+        except NestedFault:
+            return None
+
     def _stored(self, page: int) -> None:
         """The core wrote to a page itself: code that was translated from it is stale."""
         frame = self.nested.entry(page) & ADDRESS
@@ -248,6 +263,12 @@ class Core:
         with self._timer_changed:
             self._rearmed = True
             self._timer_changed.notify_all()
+
+    def carrier_returned(self) -> None:
+        """The output that an exit carried has been taken."""
+        self.carrier = None
+        for processor in self._processors:
+            processor.release()
 
     def look_again(self) -> None:
         """A processor that is no longer entered has messages to deliver: the timer must look at it."""

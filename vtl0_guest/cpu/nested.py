@@ -8,6 +8,9 @@ User and kernel execution are told apart by two roots (mode-based execute contro
 executable pages run, the user root user-executable ones. They differ only in their last-level tables. The engine
 keeps separate TLBs for user and kernel accesses, and a root serves only its own privilege level, so a swap needs no
 full flush. Source of the entry format: AMD APM volume 2, 15.25.
+
+With several processors the rights that a page has and those that the engines are shown differ: see Shown and
+coherence.py.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from array import array
+from enum import IntEnum
 
 from vtlab.v1 import vcpu_pb2
 
@@ -47,6 +51,25 @@ def entry(frame: int, access: vcpu_pb2.PageAccess, execute: bool) -> int:
     return frame | P | US | A | D | write | (0 if execute else NX)
 
 
+class Shown(IntEnum):
+    """What the engines see of a page; all but the first only for pages that are writable and executable."""
+
+    AS_IT_IS = 0
+    WRITABLE = 1  # no engine holds code of it
+    EXECUTABLE = 2
+    ALL = 3
+
+
+_NONE = (1 << 64) - 1
+# Bits that an entry gains and those that it keeps.
+_SHOWN = {
+    Shown.AS_IT_IS: (0, _NONE),
+    Shown.WRITABLE: (NX, _NONE),
+    Shown.EXECUTABLE: (0, _NONE & ~RW),
+    Shown.ALL: (0, _NONE),
+}
+
+
 class NestedTable:
     """Nested translation of one level of one machine.
 
@@ -74,6 +97,9 @@ class NestedTable:
         self.size = total * PAGE_SIZE
         self._words = memoryview(self.buffer).cast("Q")
         self._leaves = [2 * self._upper * _ENTRIES, (2 * self._upper + leaves) * _ENTRIES]
+        # Per root, by page: the rights. The engines' own leaves until they are divided.
+        self._rights = [self._words[leaf : leaf + self.pages] for leaf in self._leaves]
+        self._shown: bytearray | None = None
         for root in (0, 1):
             self._build_root(root, directories)
 
@@ -102,17 +128,59 @@ class NestedTable:
         user = entry(0, access, access.user_execute)
         self.split = self.split or access.kernel_execute != access.user_execute
         frames = range(base + first * PAGE_SIZE, base + (first + count) * PAGE_SIZE, PAGE_SIZE)
-        for leaves, template in zip(self._leaves, (kernel, user), strict=True):
+        for rights, template in zip(self._rights, (kernel, user), strict=True):
             run = array("Q", (frame | template for frame in frames) if template else bytes(8 * count))
-            self._words[leaves + first : leaves + first + count] = memoryview(run)
+            rights[first : first + count] = memoryview(run)
+        if self._shown is not None:
+            both = kernel & RW and not kernel & user & NX
+            self._show_run(self._shown, first, count, Shown.WRITABLE if both else Shown.AS_IT_IS)
         self.generation += 1
 
     def entry(self, page: int, user: bool = False) -> int:
         """The last-level entry that a root has for a page; 0 if the page is absent or beyond the table."""
-        return self._words[self._leaves[user] + page] if 0 <= page < self.pages else 0
+        return self._rights[user][page] if 0 <= page < self.pages else 0
 
     def restore(self, page: int, entries: tuple[int, int]) -> None:
         """Puts back what `entry` gave for the kernel and the user root."""
-        for leaves, word in zip(self._leaves, entries, strict=True):
-            self._words[leaves + page] = word
+        for rights, word in zip(self._rights, entries, strict=True):
+            rights[page] = word
+        if self._shown is not None:
+            kernel, user = entries
+            both = kernel & RW and not kernel & user & NX
+            self._show_run(self._shown, page, 1, Shown.WRITABLE if both else Shown.AS_IT_IS)
         self.generation += 1
+
+    # ------------------------------------------------------------------------------------- what engines are shown
+
+    def divide(self) -> None:
+        """From now on the engines are shown no page writable and executable at once. They hold no code when called."""
+        self._rights = [memoryview(array("Q", rights)) for rights in self._rights]
+        # 1 is Shown.WRITABLE.
+        self._shown = shown = bytearray(
+            kernel & RW != 0 and not kernel & user & NX for kernel, user in zip(*self._rights, strict=True)
+        )
+        for leaves, rights in zip(self._leaves, self._rights, strict=True):
+            words = array("Q", [word | NX if both else word for word, both in zip(rights, shown, strict=True)])
+            self._words[leaves : leaves + self.pages] = memoryview(words)
+        self.generation += 1
+
+    def shown(self, page: int) -> Shown:
+        """What the engines see of a page."""
+        if self._shown is None or not 0 <= page < self.pages:
+            return Shown.AS_IT_IS
+        return Shown(self._shown[page])
+
+    def show(self, page: int, state: Shown) -> None:
+        """Changes what the engines see of a page that is writable and executable."""
+        assert self._shown is not None
+        self._show_run(self._shown, page, 1, state)
+        self.generation += 1
+
+    def _show_run(self, states: bytearray, first: int, count: int, state: Shown) -> None:
+        states[first : first + count] = bytes([state]) * count
+        added, removed = _SHOWN[state]
+        for leaves, rights in zip(self._leaves, self._rights, strict=True):
+            words = rights[first : first + count]
+            if added or removed != _NONE:
+                words = memoryview(array("Q", [word & removed | added for word in words]))
+            self._words[leaves + first : leaves + first + count] = words

@@ -33,6 +33,7 @@ _IF = int(Rflags.IF)
 _DR6_BS = 0x4000
 _SVM = 0x100
 _MAX_UNSENT = 4096  # bytes of serial output that may wait
+_ENDS = frozenset({"debug_exit", "reset_request", "power_off", "shutdown", "failure"})
 _HYPERCALLS = frozenset({Mnemonic.VMCALL, Mnemonic.VMMCALL})
 _PORT_MNEMONICS = frozenset(
     {
@@ -73,6 +74,7 @@ class Processor:
         self._yields = False
         self._entering: vcpu_pb2.Enter | None = None
         self._result: vcpu_pb2.Exit | BaseException | None = None
+        self._held: Operation | None = None
         context.hyperv.attend = self._ask
         self._reasons: dict[int, Callable[[], Operation | None]] = {
             Reason.EXIT: self._on_exit,
@@ -171,6 +173,7 @@ class Processor:
             enter, self._entering = self._entering, None
             if enter is not None:
                 operation = self._enter(enter)
+            operation = operation or self._held
             while operation is None:
                 operation = self._step()
                 if operation is None:
@@ -178,12 +181,31 @@ class Processor:
                         return Outcome.IDLE
                     if self._turn_over:
                         return Outcome.OVER
+            if self._must_hold(operation):
+                self._held = operation
+                return Outcome.IDLE
+            self._held = None
             self._result = self._leave(operation)
         except BaseException as error:  # noqa: BLE001 - another processor's thread may drive this one
             self._result = error
         finally:
             runtime.stop()
         return Outcome.DONE
+
+    @property
+    def _has_output(self) -> bool:
+        """Serial output waits that an exit of this processor may carry."""
+        return self._core.output_waits and self._core.carrier in (None, self._context.vp_index)
+
+    def _must_hold(self, operation: Operation) -> bool:
+        """An exit that may end the machine waits while output before it is on its way with another processor's."""
+        ends = operation.exit.WhichOneof("reason") in _ENDS
+        return ends and self._core.output_waits and not self._has_output and not self._kicked
+
+    def release(self) -> None:
+        """What held an exit back may be over."""
+        if self._held is not None:
+            self._core.turns.wake(self._seat)
 
     def end_turn(self) -> None:
         self._turn_over = True
@@ -193,6 +215,8 @@ class Processor:
 
     def _enter(self, enter: vcpu_pb2.Enter) -> Operation | None:
         open_operation, self._open = self._open, None
+        if self._core.carrier == self._context.vp_index:
+            self._core.carrier_returned()
         self._resolver.prepare(enter.updates)
         if self._stopped is not None:
             return self._stopped
@@ -254,8 +278,8 @@ class Processor:
         self._output_due = False
         if self._context.hyperv.synic.delivered:
             message.synic_delivered.extend(self._context.hyperv.synic.take_delivered())
-        if self._core.output_waits:
-            self._core.output_waits = False
+        if self._has_output or (self._core.output_waits and message.WhichOneof("reason") in _ENDS):
+            self._core.output_waits, self._core.carrier = False, self._context.vp_index
             message.serial.extend(self._core.platform.serial.drain())
         return message
 
@@ -293,7 +317,7 @@ class Processor:
             self._kicked = False
             self._engine.clear_stop()
             return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
-        if self._core.output_waits and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
+        if self._has_output and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
             return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
         if context.trap_pending:
             context.trap_pending = False
@@ -307,7 +331,7 @@ class Processor:
             if taken is not None:
                 return taken
         if context.halted or context.waits_for_startup:
-            if self._core.output_waits:
+            if self._has_output:
                 return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
             self._idle = True
         return None
@@ -354,7 +378,8 @@ class Processor:
         return self._deliver(Event(vector, None, self._environment.rip, external=True))
 
     def _synchronize(self) -> None:
-        """Nested rights that changed."""
+        """Code and nested rights that others changed."""
+        self._core.coherence.run(self._context.vp_index)
         nested = self._core.nested
         if nested.generation != self._nested_generation:
             self._nested_generation = nested.generation
@@ -519,6 +544,8 @@ class Processor:
     def _on_nested_page_fault(self) -> Operation | None:
         engine = self._engine
         access = memory_faults.access_kind(engine.error_code)
+        if self._core.coherence.allow(engine.fault_address >> 12, access, self._environment.cpl == 3):
+            return None
         raise NestedFault(engine.fault_address, access)
 
     def _nested_fault(self, fault: NestedFault) -> Operation | None:
