@@ -22,8 +22,16 @@ _BASE = (
     | Privilege.POST_MESSAGES
     | Privilege.SIGNAL_EVENTS
 )
-_FEATURES = int(Feature.GUEST_IDLE | Feature.FREQUENCY_MSRS | Feature.SINT_POLLING | Feature.DIRECT_SYNTHETIC_TIMERS)
-_VSM = Privilege.ACCESS_VSM | Privilege.ACCESS_VP_REGISTERS
+_FEATURES = int(
+    Feature.XMM_INPUT
+    | Feature.GUEST_IDLE
+    | Feature.FREQUENCY_MSRS
+    | Feature.XMM_OUTPUT
+    | Feature.SINT_POLLING
+    | Feature.DIRECT_SYNTHETIC_TIMERS
+)
+_VSM = Privilege.ACCESS_VSM | Privilege.ACCESS_VP_REGISTERS | Privilege.START_VIRTUAL_PROCESSOR
+_HINTS = Hint.RESET_MSR | Hint.RELAXED_TIMING | Hint.CLUSTER_IPI | Hint.EX_PROCESSOR_MASKS
 _NEVER_SPIN = 0xFFFF_FFFF
 
 Leaf = tuple[int, int, int, int]
@@ -38,7 +46,7 @@ def leaves(vp_count: int, vtl1: bool) -> dict[int, Leaf]:
         cpuid.LEAF_INTERFACE: (cpuid.INTERFACE, 0, 0, 0),
         cpuid.LEAF_VERSION: (_BUILD, _MAJOR << 16 | _MINOR, 0, 0),
         cpuid.LEAF_FEATURES: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, _FEATURES),
-        cpuid.LEAF_HINTS: (int(Hint.RESET_MSR | Hint.RELAXED_TIMING), _NEVER_SPIN, 0, 0),
+        cpuid.LEAF_HINTS: (int(_HINTS), _NEVER_SPIN, 0, 0),
         cpuid.LEAF_LIMITS: (vp_count, vp_count, 0, 0),
     }
 

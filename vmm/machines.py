@@ -17,6 +17,8 @@ from vmm.images import ImageStore
 from vmm.level import Level
 from vmm.machine import Machine
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported, VtlabError
+from vtlab.hyperv.profiles import PROFILES
+from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE
 from vtlab.v1.vmm_pb2 import MachineSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -109,6 +111,8 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
         ("spec.ram_size", lambda: 0 < spec.ram_size <= MAX_RAM, f"1 to {MAX_RAM} bytes"),
         ("spec.ram_size", lambda: spec.ram_size % RAM_GRANULE == 0, "a multiple of 2 MiB"),
         ("spec.vp_count", lambda: 0 < spec.vp_count <= MAX_VP_COUNT, f"1 to {MAX_VP_COUNT}"),
+        ("spec.vsm_profile", lambda: spec.vsm_profile in ("", *PROFILES), " or ".join(PROFILES)),
+        ("spec.personality", lambda: spec.vtl1 or spec.personality != PERSONALITY_GUEST_CODE, "a policy without VTL1"),
     )
     for field, holds, wanted in checks:
         if not holds():

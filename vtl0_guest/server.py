@@ -44,6 +44,7 @@ class CoreLevel:
             state = _load(request, folder, self._ram)
             self._platform = build_platform(request.vp_count, request.ram_size)
             self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
+            self._core.shares_state = request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
         except BaseException:
             self._ram.close()
             raise

@@ -20,7 +20,7 @@ from vtlab.errors import BadArgument, VtlabError
 
 if TYPE_CHECKING:
     from vtlab.client import Machine
-    from vtlab.v1 import vmm_pb2
+    from vtlab.v1 import vcpu_pb2, vmm_pb2
 
 
 def run(
@@ -46,6 +46,12 @@ def run(
         typer.Option("-device", metavar="NAME", help="An optional device: hyperv-testdev."),
     ] = None,
     no_vtl1: Annotated[bool, typer.Option("--no-vtl1", help="Do not offer VTL1 to the guest.")] = False,
+    guest_vtl1: Annotated[
+        bool, typer.Option("--guest-vtl1", help="VTL1 is code that the guest supplies, not a policy.")
+    ] = False,
+    vsm_profile: Annotated[
+        str, typer.Option("--vsm-profile", metavar="NAME", help="How VSM answers: openvmm (default), tlfs or kvm.")
+    ] = "",
     policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
     rules: options.Rules = "",
@@ -75,6 +81,8 @@ def run(
                 modules=list(modules),
                 vtl1=not no_vtl1,
                 devices=device or [],
+                personality=_personality(guest_vtl1),
+                vsm_profile=vsm_profile,
                 stop_on_reset=no_reboot,
                 **_boot(start),
             )
@@ -86,6 +94,12 @@ def run(
         late = _start(machine, timeout, stack)
         end = _follow(machine, sinks)
         return _report(machine, end, late.is_set(), timeout, as_json)
+
+
+def _personality(guest_code: bool) -> vcpu_pb2.Personality.ValueType:
+    from vtlab.v1 import vcpu_pb2
+
+    return vcpu_pb2.PERSONALITY_GUEST_CODE if guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED
 
 
 def _boot(start: FlatStart | None) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Lab:
         entry: int = 0,
         start_mode: vcpu_pb2.StartMode.ValueType = vcpu_pb2.START_MODE_UNSPECIFIED,
         devices: Sequence[str] = (),
+        personality: vcpu_pb2.Personality.ValueType = vcpu_pb2.PERSONALITY_UNSPECIFIED,
+        vsm_profile: str = "",
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -118,6 +120,8 @@ class Lab:
             vtl1: offer VTL1 to the guest.
             stop_on_reset: a triple fault or a reset request ends the machine.
             devices: optional ones (MachineSpec.devices).
+            personality: who answers at VTL1: a policy, or code that the guest supplies.
+            vsm_profile: how VSM answers where its sources disagree (vtlab.hyperv.profiles).
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
         Raises:
@@ -133,6 +137,8 @@ class Lab:
             vtl1=vtl1,
             stop_on_reset=stop_on_reset,
             devices=devices,
+            personality=personality,
+            vsm_profile=vsm_profile,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

@@ -40,8 +40,10 @@ class Privilege(IntFlag):
 class Feature(IntFlag):
     """EDX of the features leaf."""
 
+    XMM_INPUT = 1 << 4
     GUEST_IDLE = 1 << 5
     FREQUENCY_MSRS = 1 << 8
+    XMM_OUTPUT = 1 << 15
     SINT_POLLING = 1 << 17
     DIRECT_SYNTHETIC_TIMERS = 1 << 19
 
@@ -51,3 +53,5 @@ class Hint(IntFlag):
 
     RESET_MSR = 1 << 4
     RELAXED_TIMING = 1 << 5
+    CLUSTER_IPI = 1 << 10
+    EX_PROCESSOR_MASKS = 1 << 11
