@@ -42,6 +42,8 @@ SHADOWS: dict[int, tuple[int, int]] = {
     Msr.MISC_ENABLE: (1, _ALL),
     _SYSCFG: (0, 0x7C0000),
     _HWCR: (0, _ALL),
+    # Performance event selects and counters: every AMD64 processor has four; these count nothing.
+    **dict.fromkeys(range(0xC0010000, 0xC0010008), (0, _ALL)),
     # SVMDIS and LOCK: virtualization is switched off for good.
     _VM_CR: (0x18, 0),
 }
