@@ -87,7 +87,8 @@ def _start() -> bytes:
 def build(body: str, rounds: int, prologue: str = "", data: bytes = b"") -> FlatImage:
     """An image that runs `body` (64-bit code; may use all registers but R13-R15 and RSP) `rounds` times.
 
-    `prologue` runs once before the first round. `data` is loaded at DATA.
+    `prologue` runs once before the first round. `data` is loaded at DATA. Each round begins with a load of CR3, as a
+    guest that switches address spaces would: the engine resizes its TLB by use, and only when that is flushed.
     """
     long_code = assemble(
         f"""mov ax, 0x10
@@ -99,6 +100,8 @@ def build(body: str, rounds: int, prologue: str = "", data: bytes = b"") -> Flat
         mov r15, {RESULTS}
         mov r14, {rounds}
         next_round:
+        mov rax, cr3
+        mov cr3, rax
         rdtsc
         shl rdx, 32
         or rax, rdx
@@ -215,7 +218,7 @@ dec rcx
 jnz scatter_loop
 """
 
-# Every access is to another page of 16 MiB, so that each one walks the page tables: nothing but the walker's work.
+# Every access is to another page of 16 MiB: as many TLB entries as the engine ever has, and walks for what it lost.
 WALKS = f"""
 mov rcx, 200000
 xor ebx, ebx
