@@ -3,15 +3,15 @@
 - QEMU walks guest tables through the nested table by general physical loads, twenty for each translation that its TLB
   misses. The loads of this file find the host memory of the known regions at once.
 - QEMU keeps a page's stores slow (TLB_NOTDIRTY) while code was translated from it, whatever address they go through.
-  Unicorn lost the bitmap that this needs: it makes the stores of a page fast when no code runs at *their* address, so code
-  that is written through another mapping goes on running in its old form (an operating system writes programs through
-  its direct map); and it keeps stores to every executable page slow. Here a byte map a page tells whether code was
-  translated from it: set before the first block of a page, when all TLB entries that lead there become slow again, and
-  cleared when the last block has gone.
+  Unicorn lost the bitmap that this needs: it makes the stores of a page fast when no code runs at *their* address, so
+  code that is written through another mapping goes on running in its old form (an operating system writes programs
+  through its direct map); and it keeps stores to every executable page slow. Here a byte for each page tells whether
+  code was translated from it: set before the first block of a page, when all TLB entries that lead there become slow
+  again, and cleared when the last block has gone.
 
 The functions are the process's, the memory each engine's: a record describes an engine, and `translate` of
-native_hooks.py names the one that runs. Where the named engine is another's, which happens only if several machines share
-a process, the slow way is taken. Calling convention: System V x86-64.
+native_hooks.py names the one that runs. Where another engine is named, which happens only if several machines share a
+process, the slow way is taken. Calling convention: System V x86-64.
 """
 
 from __future__ import annotations
@@ -59,9 +59,12 @@ _PROTECT = (
 )
 # The same list; map[page] = 0.
 _UNPROTECT = "49ba{records}4d8b1a4983c2084d85db7417493b7b0875ee48c1ee0c493b7310730749037318c60600c3"
-# (rdi processor, rsi address, edx size, rcx ram_addr_t - address, r8, r9 TLB entry). If the running engine is this one and
-# map[page] is 0: and qword [r9 + 8], ~TLB_NOTDIRTY; ret. Else the old function.
-_NOT_DIRTY = "48b8{running}488b00483b3875214c8d140e49c1ea0c4c3b501073134c03501841803a00750949816108fffbffffc3{before}49bb{rest}41ffe3"
+# (rdi processor, rsi address, edx size, rcx ram_addr_t - address, r8, r9 TLB entry). If the running engine is this one
+# and map[page] is 0: and qword [r9 + 8], ~TLB_NOTDIRTY; ret. Else the old function.
+_NOT_DIRTY = (
+    "48b8{running}488b00483b3875214c8d140e49c1ea0c4c3b501073134c03501841803a00750949816108fffbffffc3"
+    "{before}49bb{rest}41ffe3"
+)
 # (rdi processor, rsi system-physical address). If the running engine is this one and the address lies in a region, the
 # quadword there. Else the old function.
 _LOAD = (

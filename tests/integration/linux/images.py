@@ -1,4 +1,4 @@
-"""Debian's kernel as a guest, and an initial RAM disk: where they are, and how `make linux` makes them from the distribution's packages.
+"""Debian's kernel as a guest, and an initial RAM disk: where they are, and how `make linux` makes them from packages.
 
 Nothing of them is ours or committed: the folder lies below build/, or where VTLAB_LINUX says.
 """
@@ -69,7 +69,7 @@ def _kernel_package() -> str:
 
 
 def make() -> Images:
-    """Downloads the packages and takes kernel and BusyBox out of them. Needs apt and dpkg-deb, and nothing installed."""
+    """Downloads the packages and takes kernel and BusyBox out of them. Needs apt and dpkg-deb; installs nothing."""
     where = folder()
     where.mkdir(parents=True, exist_ok=True)
     if not any(_APT_LISTS.glob("*_Packages*")):
@@ -94,4 +94,4 @@ if __name__ == "__main__":
         made = make()
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"cannot get the kernel: {error}")
-    print(f"Linux {made.version} in {made.kernel.parent}")
+    sys.stdout.write(f"Linux {made.version} in {made.kernel.parent}\n")
