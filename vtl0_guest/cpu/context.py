@@ -11,9 +11,8 @@ from vtl0_guest.cpu.hyperv.virtual_processor import Partition, VirtualProcessor
 from vtl0_guest.cpu.intercepts import Intercepts
 from vtlab.x86.registers import Rflags
 
-_RF, _TF = int(Rflags.RF), int(Rflags.TF)
+_TF = int(Rflags.TF)
 _CS_LONG = 1 << 13
-_RIP_MASKS = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: (1 << 64) - 1}
 
 
 class Context:
@@ -80,14 +79,7 @@ class Context:
 
     def advance(self, length: int) -> None:
         """Ends an emulated instruction: RIP moves on, RF and the interrupt shadow end, a single-step trap falls due."""
-        environment = self.environment
         if self.repeat:
             self.repeat = False
-            return
-        environment.rip = environment.rip + length & _RIP_MASKS[environment.bitness]
-        flags = environment.rflags
-        if flags & _RF:
-            environment.rflags = flags & ~_RF
-        if flags & _TF:
+        elif self.environment.advance(length) & _TF:
             self.trap_pending = True
-        environment.set_interrupt_shadow(False)

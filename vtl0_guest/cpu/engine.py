@@ -55,6 +55,8 @@ _PROBE_ERROR = 0x1238
 _HOOK_RANGE = 24
 _NOWHERE = 0x5A17_0000_0000_0000  # no code is at an address that is not canonical
 
+_RIP, _REASON = layout.RIP // 8, native_hooks.REASON // 4  # in words of 64 and 32 bits
+
 # Creating engines patches and searches process memory; once at a time.
 _creation = threading.Lock()
 
@@ -75,6 +77,7 @@ class Engine:
         state: the processor's structure as bytes; offsets in layout.py. Only while the engine is stopped.
         words: the same as 64-bit words.
         vectors: x87 and SSE registers.
+        pending: an interrupt may wait; see set_pending.
     """
 
     def __init__(self, regions: Iterable[Region], nested: NestedTable) -> None:
@@ -96,7 +99,11 @@ class Engine:
         self._mailbox_words = mailbox.cast("I")
         self._mailbox_quads = mailbox.cast("Q")
         self._lines = layout.InterruptLines(found)
-        self._stop = self._pending = False
+        self._stop = self.pending = False
+        # Prototypes are given once: arguments made anew cost more than the call.
+        self._start = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t
+        )(address_of("uc_emu_start"))
         self._tlb_flush_page = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)(
             address_of("tlb_flush_page_x86_64")
         )
@@ -292,21 +299,16 @@ class Engine:
         Raises UcError for what no hook explains: the caller stops the processor.
         """
         words = self._mailbox_words
-        words[native_hooks.REASON // 4] = 0
-        if self._pending:
+        words[_REASON] = 0
+        if self.pending:
             self._lines.raise_interrupt()
         if self._stop:
             self._lines.raise_nmi()
-        status = library.uc_emu_start(
-            self._handle,
-            ctypes.c_uint64(self.words[layout.RIP // 8]),
-            ctypes.c_uint64(0),
-            ctypes.c_uint64(0),
-            ctypes.c_size_t(0),
-        )
-        if status and not words[native_hooks.REASON // 4]:
+        status = self._start(self._handle, self.words[_RIP], 0, 0, 0)
+        reason = words[_REASON]
+        if status and not reason:
             raise UcError(status)
-        return words[native_hooks.REASON // 4]
+        return reason
 
     @property
     def detail(self) -> int:
@@ -376,16 +378,11 @@ class Engine:
 
     def set_pending(self, waiting: bool) -> None:
         """Makes `run` end with the exit INTERRUPT as soon as an interrupt can be taken. From any thread."""
-        self._pending = waiting
+        self.pending = waiting
         if waiting:
             self._lines.raise_interrupt()
         else:
             self._lines.lower_interrupt()
-
-    @property
-    def pending(self) -> bool:
-        """An interrupt may wait."""
-        return self._pending
 
     def set_budget(self, blocks: int) -> None:
         """Blocks that `run` may start before it returns BUDGET_SPENT; counted while `watch_blocks` is on."""

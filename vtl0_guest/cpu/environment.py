@@ -87,6 +87,8 @@ _FLUSHING_CR4 = int(Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.SMEP | Cr4.SMAP | Cr4.LA57
 _SMAP_BIT, _OSFXSR_BIT = int(Cr4.SMAP), int(Cr4.OSFXSR)
 _PE_BIT, _VM_BIT = int(Cr0.PE), int(Rflags.VM)
 _LMA_BIT = int(Efer.LMA)
+_RF = int(Rflags.RF)
+_RIP_MASKS = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: (1 << 64) - 1}
 
 
 class Environment:
@@ -94,7 +96,7 @@ class Environment:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._state = engine.state
+        self.state = self._state = engine.state
         self.words = engine.words
 
     # -------------------------------------------------------------------------------------------- plain registers
@@ -121,6 +123,20 @@ class Environment:
     def rflags(self, value: int) -> None:
         self.words[_RFLAGS] = (value & 0x3F7FD5) | 2
 
+    def advance(self, length: int) -> int:
+        """RIP moves behind an instruction; RF and the interrupt shadow end. Returns RFLAGS as they were.
+
+        All in one: every exit that ends an instruction comes through here.
+        """
+        words, state = self.words, self._state
+        words[_RIP] = words[_RIP] + length & _RIP_MASKS[self.bitness]
+        flags = words[_RFLAGS]
+        if flags & _RF:
+            words[_RFLAGS] = flags & ~_RF
+        if state[layout.HIDDEN_FLAGS] & _INTERRUPT_SHADOW:
+            state[layout.HIDDEN_FLAGS] &= ~_INTERRUPT_SHADOW & 0xFF
+        return flags
+
     def cr(self, number: int) -> int:
         return self.words[_CR + number]
 
@@ -131,6 +147,12 @@ class Environment:
     @property
     def cpl(self) -> int:
         return self._state[layout.HIDDEN_FLAGS] & 3
+
+    @property
+    def kernel(self) -> bool:
+        """Protected mode at CPL0."""
+        words = self.words
+        return not (self._state[layout.HIDDEN_FLAGS] & 3 or words[_RFLAGS] & _VM_BIT) and words[_CR] & _PE_BIT != 0
 
     @property
     def interrupt_shadow(self) -> bool:
@@ -263,7 +285,3 @@ class Environment:
 
     def set_msr(self, index: int, value: int) -> None:
         self.words[self._engine.layout.msrs[index] // 8] = value
-
-    @property
-    def state(self) -> memoryview:
-        return self._state

@@ -30,6 +30,9 @@ _CPL, _SHADOW = _tag(28, 0), _tag(29, 0)
 # By the low hidden flags: CPL in bits 1:0, the interrupt shadow in bit 3.
 _TAILS = [_CPL + bytes([low & 3]) + _SHADOW + bytes([low >> 3 & 1]) for low in range(16)]
 
+# Of Exit: fields 4, 5 and 6. Registers have 128 bytes at least, so that their length takes two.
+_REGISTERS, _INSTRUCTION, _INSTRUCTION_LENGTH = _tag(4, 2), _tag(5, 2), _tag(6, 0)
+
 
 def segment_message(segment: SegmentState) -> registers_pb2.Segment:
     return registers_pb2.Segment(
@@ -63,14 +66,18 @@ def registers_bytes(environment: Environment, cr8: int) -> bytes:
 
 
 def fill(
-    message: vcpu_pb2.Exit, environment: Environment, cr8: int, vp_index: int, vtl: int, code: bytes, length: int
+    message: vcpu_pb2.Exit, origin: bytes, environment: Environment, cr8: int, code: bytes, length: int
 ) -> vcpu_pb2.Exit:
-    """Adds to an exit with its reason what every exit carries."""
-    message.vp_index = vp_index
-    message.vtl = vtl
-    message.origin = vcpu_pb2.ORIGIN_VCPU
-    message.registers.MergeFromString(registers_bytes(environment, cr8))
+    """Adds to an exit with its reason what every exit carries; `origin` is from origin_bytes()."""
+    registers = registers_bytes(environment, cr8)
+    parts = origin + _REGISTERS + bytes((len(registers) & 0x7F | 0x80, len(registers) >> 7)) + registers
     if code:
-        message.instruction = code[:length] if length else code
-        message.instruction_length = length
+        code = code[:length] if length else code
+        parts += _INSTRUCTION + bytes((len(code),)) + code + _INSTRUCTION_LENGTH + bytes((length,))
+    message.MergeFromString(parts)
     return message
+
+
+def origin_bytes(vp_index: int, vtl: int) -> bytes:
+    """What is the same in all exits of one processor, serialized."""
+    return vcpu_pb2.Exit(vp_index=vp_index, vtl=vtl, origin=vcpu_pb2.ORIGIN_VCPU).SerializeToString()

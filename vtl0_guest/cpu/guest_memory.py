@@ -17,13 +17,14 @@ from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault
 from vtl0_guest.cpu.nested import ADDRESS, REGION_SHIFT, RW, NestedTable, P
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86 import paging
-from vtlab.x86.registers import Rflags, Vector
+from vtlab.x86.registers import Efer, Rflags, Vector
 
 READ, WRITE, EXECUTE = vcpu_pb2.ACCESS_KIND_READ, vcpu_pb2.ACCESS_KIND_WRITE, vcpu_pb2.ACCESS_KIND_EXECUTE
 PAGE = 4096
 _Q, _I = struct.Struct("<Q"), struct.Struct("<I")
 _AC = int(Rflags.AC)
-_CR = layout.CR // 8
+_CR, _EFER = layout.CR // 8, layout.EFER // 8
+_LMA = int(Efer.LMA)
 # Accessed and dirty bits change without a change of the mapping.
 _IGNORE_ACCESSED = ~0x60 & (1 << 64) - 1
 _MAX_MAPPINGS = 4096
@@ -257,8 +258,7 @@ class GuestMemory:
 
     def _holds(self, known: _Mapping) -> bool:
         """The guest's entries and the nested table are as they were, and paging is what it was for."""
-        environment = self._environment
-        if known.generation != self.physical.nested.generation or not environment.long_mode:
+        if known.generation != self.physical.nested.generation or not self._environment.words[_EFER] & _LMA:
             return False
         for view, index, value in known.entries:  # noqa: SIM110 - a generator takes twice as long
             if view[index] & _IGNORE_ACCESSED != value:
@@ -285,8 +285,7 @@ class GuestMemory:
 
     def code(self, gva: int, size: int = 15) -> bytes:
         """Up to `size` instruction bytes; fewer where the next page cannot be read."""
-        words = self._environment.words
-        known = self._mappings.get((words[_CR + 3], gva >> 12))
+        known = self._mappings.get((self._environment.words[_CR + 3], gva >> 12))
         at = gva & 0xFFF
         if known is not None and known.view is not None and at <= PAGE - size and self._holds(known):
             return bytes(known.view[known.offset + at : known.offset + at + size])

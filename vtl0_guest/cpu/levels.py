@@ -36,7 +36,7 @@ def describe_hypercall(context: Context) -> vcpu_pb2.Hypercall:
     """What a hypercall exit carries beside the registers."""
     environment = context.environment
     message = vcpu_pb2.Hypercall()
-    value = environment.gpr(Gpr.RCX) if environment.bitness == 64 else environment.gpr(Gpr.RAX)
+    value = environment.words[Gpr.RCX if environment.bitness == 64 else Gpr.RAX]
     if value & _FAST:
         message.xmm = context.engine.vectors.vectors(_FAST_VECTORS)
     if value & 0xFFFF == HypercallCode.VTL_RETURN and context.vtl:

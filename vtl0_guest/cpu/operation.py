@@ -12,7 +12,7 @@ from vtl0_guest.cpu.gates import Event
 from vtlab.v1 import vcpu_pb2
 
 
-@dataclass
+@dataclass(slots=True)
 class Operation:
     """An open exit.
 

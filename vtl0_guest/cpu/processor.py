@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, exits, levels, memory_faults, startup, state
+from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, startup, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _IF = int(Rflags.IF)
 _DR6_BS = 0x4000
 _SVM = 0x100
+_RIP = layout.RIP // 8
 _MAX_UNSENT = 4096  # bytes of serial output that may wait
 _ENDS = frozenset({"debug_exit", "reset_request", "power_off", "shutdown", "failure"})
 _HYPERCALLS = frozenset({Mnemonic.VMCALL, Mnemonic.VMMCALL})
@@ -57,6 +59,7 @@ class Processor:
         self._context = context
         self._environment = context.environment
         self._engine = context.engine
+        self._origin = exits.origin_bytes(context.vp_index, context.vtl)
         self._resolver = Resolver(core, context)
         self._open: Operation | None = None
         self._stopped: Operation | None = None
@@ -85,6 +88,21 @@ class Processor:
             Reason.STORE_REFUSED: self._on_store_refused,
             Reason.BUDGET_SPENT: self._on_budget_spent,
             Reason.TASK_SWITCH: self._on_task_switch,
+        }
+        # Exits of the engine that are no instruction of TABLE.
+        self._exits: dict[int, Callable[[], Operation | None]] = {
+            _SVM + code: partial(self._on_exception, code - ExitCode.EXCEPTION)
+            for code in range(ExitCode.EXCEPTION, ExitCode.LAST_EXCEPTION + 1)
+        }
+        self._exits |= {
+            _SVM + ExitCode.INTERRUPT: lambda: None,
+            _SVM + ExitCode.NMI: self._on_stop,
+            _SVM + ExitCode.NESTED_PAGE_FAULT: self._on_nested_page_fault,
+            _SVM + ExitCode.EXCEPTION + Vector.UD: self._on_undefined_opcode,
+            _SVM + ExitCode.SOFTWARE_INTERRUPT: self._on_software_interrupt,
+            _SVM + ExitCode.ICEBP: self._on_software_interrupt,
+            _SVM + ExitCode.IRET: self._on_iret,
+            _SVM + ExitCode.PAUSE: self._on_pause,
         }
 
     # ------------------------------------------------------------------------------------------ from outside
@@ -181,7 +199,7 @@ class Processor:
                         return Outcome.IDLE
                     if self._turn_over:
                         return Outcome.OVER
-            if self._must_hold(operation):
+            if self._core.output_waits and self._must_hold(operation):
                 self._held = operation
                 return Outcome.IDLE
             self._held = None
@@ -199,8 +217,7 @@ class Processor:
 
     def _must_hold(self, operation: Operation) -> bool:
         """An exit that may end the machine waits while output before it is on its way with another processor's."""
-        ends = operation.exit.WhichOneof("reason") in _ENDS
-        return ends and self._core.output_waits and not self._has_output and not self._kicked
+        return operation.exit.WhichOneof("reason") in _ENDS and not self._has_output and not self._kicked
 
     def release(self) -> None:
         """What held an exit back may be over."""
@@ -217,7 +234,9 @@ class Processor:
         open_operation, self._open = self._open, None
         if self._core.carrier == self._context.vp_index:
             self._core.carrier_returned()
-        self._resolver.prepare(enter.updates)
+        updates = enter.updates
+        if updates:
+            self._resolver.prepare(updates)
         if self._stopped is not None:
             return self._stopped
         try:
@@ -225,7 +244,7 @@ class Processor:
                 after = self._resolve(open_operation, enter.resolution)
                 if after is not None:
                     return after
-            if enter.updates or enter.HasField("registers"):
+            if updates or enter.HasField("registers"):
                 return self._finish(enter)
         except CannotEmulate as error:
             return self._failure(str(error))
@@ -266,10 +285,9 @@ class Processor:
         self._open = None if operation.stays_stopped else operation
         exits.fill(
             message,
+            self._origin,
             self._environment,
-            self._context.cr8,
-            self._context.vp_index,
-            self._context.vtl,
+            self._context.local_apic.tpr >> 4,
             operation.code,
             operation.length,
         )
@@ -278,7 +296,7 @@ class Processor:
         self._output_due = False
         if self._context.hyperv.synic.delivered:
             message.synic_delivered.extend(self._context.hyperv.synic.take_delivered())
-        if self._has_output or (self._core.output_waits and message.WhichOneof("reason") in _ENDS):
+        if self._core.output_waits and (self._has_output or message.WhichOneof("reason") in _ENDS):
             self._core.output_waits, self._core.carrier = False, self._context.vp_index
             message.serial.extend(self._core.platform.serial.drain())
         return message
@@ -296,18 +314,14 @@ class Processor:
         except UcError as error:
             return self._failure(f"the engine stopped at {self._environment.rip:#x}: {error}")
         try:
-            return self._guarded(self._reasons[reason])
+            try:
+                return self._reasons[reason]()
+            except GuestFault as fault:
+                return self._deliver(delivery.from_fault(fault, self._environment.rip))
+            except NestedFault as fault:
+                return self._nested_fault(fault)
         except CannotEmulate as error:
             return self._failure(str(error))
-
-    def _guarded(self, action: Callable[[], Operation | None]) -> Operation | None:
-        """Turns what the guest did wrong into the exception that it takes."""
-        try:
-            return action()
-        except GuestFault as fault:
-            return self._deliver(delivery.from_fault(fault, self._environment.rip))
-        except NestedFault as fault:
-            return self._nested_fault(fault)
 
     def _due(self) -> Operation | None:
         """Kicks, output, traps and interrupts. Notes whether there is nothing to run: in HLT, or before SIPI."""
@@ -317,7 +331,7 @@ class Processor:
             self._kicked = False
             self._engine.clear_stop()
             return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
-        if self._has_output and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
+        if self._core.output_waits and self._has_output and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
             return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
         if context.trap_pending:
             context.trap_pending = False
@@ -399,16 +413,13 @@ class Processor:
     def _on_task_switch(self) -> Operation | None:
         raise CannotEmulate("a hardware task switch, which this processor does not have")
 
-    def _code(self) -> bytes:
-        environment = self._environment
-        rip = environment.rip
-        if environment.bitness != 64:
-            rip = environment.segment(Seg.CS).base + rip & 0xFFFF_FFFF
-        return self._context.memory.code(rip)
-
     def _fetch(self) -> tuple[Instruction, bytes]:
-        code = self._code()
-        return decode(self._environment.bitness, code), code
+        environment = self._environment
+        rip, bitness = environment.words[_RIP], environment.bitness
+        if bitness != 64:
+            rip = environment.segment(Seg.CS).base + rip & 0xFFFF_FFFF
+        code = self._context.memory.code(rip)
+        return decode(bitness, code), code
 
     def _retry_stale(self, instruction: Instruction) -> Operation | None:
         """The engine ran other bytes than memory holds: flush and run again, once at the same place."""
@@ -429,36 +440,31 @@ class Processor:
         return operation
 
     def _on_exit(self) -> Operation | None:
-        code = self._engine.detail - _SVM
-        if code < 0:
-            raise CannotEmulate(f"exception {self._engine.detail} outside guest mode")
-        if code == ExitCode.INTERRUPT:
-            return None
-        if code == ExitCode.NMI:
-            self._engine.clear_stop()
-            return None
-        if code == ExitCode.NESTED_PAGE_FAULT:
-            return self._on_nested_page_fault()
-        if ExitCode.EXCEPTION <= code <= ExitCode.LAST_EXCEPTION:
-            return self._on_exception(code - ExitCode.EXCEPTION)
-        if code in (ExitCode.SOFTWARE_INTERRUPT, ExitCode.ICEBP):
-            return self._on_software_interrupt()
-        if code == ExitCode.IRET:
-            # NMIs may come again after this IRET: let its block run, and stop at the next one.
-            self._engine.intercept(ExitCode.IRET, False)
-            self._engine.watch_blocks(True)
-            self._engine.flush_code()
-            self._engine.set_budget(1)
-            return None
-        if code == ExitCode.PAUSE:
-            return self._on_pause()
-        row = TABLE.get(code)
+        detail = self._engine.detail
+        handler = self._exits.get(detail)
+        if handler is not None:
+            return handler()
+        row = TABLE.get(detail - _SVM)
         if row is None:
-            raise CannotEmulate(f"unexpected exit {code:#x}")
+            kind = "exception outside guest mode" if detail < _SVM else "unexpected exit"
+            raise CannotEmulate(f"{kind}: {detail:#x}")
         instruction, raw = self._fetch()
         if row.mnemonics and instruction.mnemonic not in row.mnemonics:
             return self._retry_stale(instruction)
         return self._end(row.handler(self._context, instruction), instruction, raw)
+
+    def _on_stop(self) -> Operation | None:
+        """Somebody asked for it: what for, _due() finds."""
+        self._engine.clear_stop()
+        return None
+
+    def _on_iret(self) -> Operation | None:
+        """NMIs may come again after this IRET: let its block run, and stop at the next one."""
+        self._engine.intercept(ExitCode.IRET, False)
+        self._engine.watch_blocks(True)
+        self._engine.flush_code()
+        self._engine.set_budget(1)
+        return None
 
     def _on_pause(self) -> Operation | None:
         """The guest spins while others are ready: they go on."""
@@ -468,15 +474,16 @@ class Processor:
         self._turn_over = True
         return self._end(None, instruction, raw)
 
+    def _on_undefined_opcode(self) -> Operation | None:
+        instruction, raw = self._fetch()
+        if instruction.mnemonic in _HYPERCALLS:
+            return self._end(system.hypercall(self._context, instruction), instruction, raw)
+        if instruction.mnemonic == Mnemonic.INT1:
+            return self._on_software_interrupt()  # the engine does not know the opcode
+        raise undefined_opcode()
+
     def _on_exception(self, vector: int) -> Operation | None:
         context, engine = self._context, self._engine
-        if vector == Vector.UD:
-            instruction, raw = self._fetch()
-            if instruction.mnemonic in _HYPERCALLS:
-                return self._end(system.hypercall(context, instruction), instruction, raw)
-            if instruction.mnemonic == Mnemonic.INT1:
-                return self._on_software_interrupt()  # the engine does not know the opcode
-            raise undefined_opcode()
         if vector == Vector.GP:
             instruction, raw = self._fetch()
             if instruction.mnemonic == Mnemonic.XSETBV and engine.error_code == 0:
@@ -559,14 +566,11 @@ class Processor:
             return self._device_registers(device, fault, instruction)
         fault = memory_faults.locate(self._context, instruction, fault)
         if self._core.is_overlay(fault.gpa) and fault.access == vcpu_pb2.ACCESS_KIND_WRITE:
-            return self._guarded(self._refuse)
+            return self._deliver(delivery.from_fault(general_protection(), self._environment.rip))
         operation = memory_faults.operation(self._context, instruction, fault, self._core.nested.ram_pages)
         operation.code = raw
         operation.length = instruction.len if instruction is not None else 0
         return operation
-
-    def _refuse(self) -> Operation | None:
-        raise general_protection()
 
     def _device_registers(self, device: MmioDevice, fault: NestedFault, instruction: Instruction) -> Operation | None:
         offset = fault.gpa & 0xFFF

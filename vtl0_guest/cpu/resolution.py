@@ -156,7 +156,8 @@ class Resolver:
         if operation.complete is None:
             raise CannotEmulate(f"{operation.exit.WhichOneof('reason')} cannot be completed by the core")
         operation.complete(resolution.value)
-        self._end(operation)
+        if operation.length:
+            self._context.advance(operation.length)
         return None
 
     def _halt(self, _operation: Operation, resolution: vcpu_pb2.Resolution) -> Operation | None:

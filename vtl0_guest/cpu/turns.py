@@ -79,8 +79,16 @@ class Turns:
     def run(self, seat: Seat) -> None:
         """Gives a runner turns until one is DONE. One thread a seat."""
         with self._lock:
-            self._queue(seat)
-            self._preempt()
+            if self._driven or self._ready or self._actions:
+                self._queue(seat)
+                self._preempt()
+            else:
+                # Nobody else is inside, as nearly always: the first turn needs no round.
+                self._driven = True
+                self._give_turn(seat)
+                if self._actions:
+                    self._act()
+                self._stop_driving()
             while seat.place is not _Place.DONE:
                 if self._ready and not self._driven:
                     self._drive(seat)
@@ -140,26 +148,29 @@ class Turns:
         while self._ready and own.place is not _Place.DONE:
             self._act()
             seat = self._ready.popleft()
-            seat.place, seat.woken = _Place.RUNNING, False
-            seat.runner.begin_turn(bool(self._ready))
-            self._running = seat
-            self._number += 1
-            self._lock.release()
-            try:
-                outcome = seat.runner.turn()
-            finally:
-                self._lock.acquire()
-                self._running = None
-            if outcome is Outcome.DONE:
-                seat.place = _Place.DONE
-                if seat is not own:
-                    seat.changed.notify()
-            elif outcome is Outcome.OVER or seat.woken:
-                self._queue(seat)
-            else:
-                seat.place = _Place.IDLE
+            self._give_turn(seat)
+            if seat.place is _Place.DONE and seat is not own:
+                seat.changed.notify()
         self._act()
         self._stop_driving()
+
+    def _give_turn(self, seat: Seat) -> None:
+        seat.place, seat.woken = _Place.RUNNING, False
+        seat.runner.begin_turn(bool(self._ready))
+        self._running = seat
+        self._number += 1
+        self._lock.release()
+        try:
+            outcome = seat.runner.turn()
+        finally:
+            self._lock.acquire()
+            self._running = None
+        if outcome is Outcome.DONE:
+            seat.place = _Place.DONE
+        elif outcome is Outcome.OVER or seat.woken:
+            self._queue(seat)
+        else:
+            seat.place = _Place.IDLE
 
     def _act(self) -> None:
         while self._actions:

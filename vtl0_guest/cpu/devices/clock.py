@@ -68,8 +68,7 @@ class HostClock:
         self.tsc_is_host = self._read is not None
         self._start = (self.now(), self.tsc())
 
-    def now(self) -> float:
-        return time.monotonic()
+    now = staticmethod(time.monotonic)  # no function of ours between: every exit asks twice
 
     def wall(self) -> float:
         return time.time()

@@ -33,21 +33,21 @@ class Runtime:
     """VP_RUNTIME: how long the processor has been running, without what it waited."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self._now = clock.now
         self._since: float | None = None
         self._total = 0.0
 
     def start(self) -> None:
-        self._since = self._clock.now()
+        self._since = self._now()
 
     def stop(self) -> None:
         if self._since is not None:
-            self._total += self._clock.now() - self._since
+            self._total += self._now() - self._since
             self._since = None
 
     def value(self) -> int:
         """In units of 100 ns."""
-        running = 0.0 if self._since is None else self._clock.now() - self._since
+        running = 0.0 if self._since is None else self._now() - self._since
         return int((self._total + running) * HZ)
 
 

@@ -58,11 +58,11 @@ def hlt(context: Context, _instruction: Instruction) -> Operation | None:
 
 def hypercall(context: Context, instruction: Instruction) -> Operation | None:
     """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, else #UD, as are forms with prefixes."""
-    if context.environment.cpl or not context.environment.protected or instruction.len != 3:
+    if not context.environment.kernel or instruction.len != 3:
         raise undefined_opcode()
 
     def complete(value: int) -> None:
-        context.environment.set_gpr(Gpr.RAX, value)
+        context.environment.words[Gpr.RAX] = value
 
     return Operation(vcpu_pb2.Exit(hypercall=levels.describe_hypercall(context)), None, 0, complete)
 
