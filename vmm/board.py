@@ -6,6 +6,7 @@ no threads of its own: see vmm.machine.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -61,7 +62,8 @@ def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
 class Board:
     """Attributes are named for what they are; `monitor` is None where the machine has no VTL1.
 
-    `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code, else None.
+    `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code, else None. `serving` is held while an exit is
+    served: the vCPUs' threads change the rest of this one at a time.
     """
 
     vm: str
@@ -78,11 +80,18 @@ class Board:
     connections: Connections = field(default_factory=Connections)
     profile: VsmProfile = DEFAULT_PROFILE
     upper_msrs: SyntheticMsrs | None = None
+    serving: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def guest_code(self) -> bool:
         """VTL1 is code that VTL0 supplied; else a policy."""
         return self.upper_msrs is not None
+
+    def watches(self, processor: Processor) -> bool:
+        """VTL1 is there to judge that vCPU's exits: a policy for the whole machine, guest code where it was enabled."""
+        if processor.vtl.enabled >> VTL1 & 1:
+            return True
+        return not self.guest_code and any(other.vtl.enabled >> VTL1 & 1 for other in self.processors)
 
     def msrs_of(self, vtl: int) -> SyntheticMsrs:
         """The synthetic MSRs of a level; only guest code has its own at VTL1."""

@@ -43,12 +43,17 @@ _RESULT_REGISTERS = (
 
 
 def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    """Answers an exit of the active level: VTL1 sees what it watches of VTL0, the table does the rest.
+    """Answers an exit of the active level: VTL1 sees what it watches of VTL0, the table does the rest. One at a time.
 
     Raises:
         GuestMisbehaved: an exit that this level cannot make.
         VtlabError: VTL1 did not answer, or what it wants cannot be done.
     """
+    with board.serving:
+        return _serve(board, processor, exit_)
+
+
+def _serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
     vtl = processor.vtl.active
     for output in exit_.serial:
         board.events.record(_SERIAL, output, processor.index, vtl, exit_.sequence, weight=len(output.data))
@@ -60,7 +65,7 @@ def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
         raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
     if kind not in _QUIET:
         board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
-    if vtl == VTL0 and processor.vtl.enabled >> VTL1 & 1 and processor.watched.wants(kind, exit_):
+    if vtl == VTL0 and board.watches(processor) and processor.watched.wants(kind, exit_):
         return (secure_intercepts.deliver if board.guest_code else intercept)(board, processor, exit_)
     return handler(board, processor, exit_)
 
@@ -148,8 +153,11 @@ def _memory_fault(_board: Board, processor: Processor, exit_: Exit) -> Answer:
 
 
 def _halt(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    """HLT that no interrupt can end waits at the gate, and whoever wakes it finds the vCPU behind the instruction."""
-    if exit_.halt.interrupts_enabled:
+    """HLT that no interrupt can end waits at the gate, and whoever wakes it finds the vCPU behind the instruction.
+
+    Another vCPU could end it with NMI or INIT: where there is one, it waits in the core.
+    """
+    if exit_.halt.interrupts_enabled or board.spec.vp_count > 1:
         return processor.resume(_COMMIT)
     board.gate.halt(processor.index, processor.vtl.active)
     return processor.resume(SKIP)

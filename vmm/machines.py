@@ -16,7 +16,7 @@ from vmm.events import EventLog
 from vmm.images import ImageStore
 from vmm.level import Level
 from vmm.machine import Machine
-from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, Unsupported, VtlabError
+from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, VtlabError
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE
 from vtlab.v1.vmm_pb2 import MachineSpec
@@ -24,7 +24,7 @@ from vtlab.v1.vmm_pb2 import MachineSpec
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 RAM_GRANULE = 2 << 20
 MAX_RAM = 64 << 30
-MAX_VP_COUNT = 64
+MAX_VP_COUNT = 16
 
 
 class Dial(Protocol):
@@ -118,5 +118,3 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
         if not holds():
             raise BadArgument(field, f"must be {wanted}")
     optional.check(spec.devices)
-    if spec.vp_count > 1:
-        raise Unsupported("spec.vp_count", f"{spec.vp_count}: machines have one vCPU")

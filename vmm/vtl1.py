@@ -6,6 +6,8 @@ program below. Nothing of VTL0 runs on this vCPU meanwhile, and if no answer com
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from vmm.board import Answer, Board, reset_wanted, stopped
 from vmm.intercept_filter import Watched
 from vmm.processor import Processor
@@ -15,7 +17,7 @@ from vtlab.errors import BadArgument, GuestMisbehaved
 from vtlab.hyperv.status import HvStatus
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, RegisterValue
-from vtlab.v1.vcpu_pb2 import Enter, Exit, Resolution, Update, VtlReturn
+from vtlab.v1.vcpu_pb2 import Enter, Exit, PeerUpdate, Resolution, Update, VtlReturn
 from vtlab.x86.registers import Msr
 
 
@@ -57,6 +59,19 @@ def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> None:
         if kind == "intercepts":
             processor.watched = Watched(update.intercepts)
         processor.post(update)
+    if answer.peers:
+        with board.gate.none_inside() if answer.stop_all else nullcontext():
+            for peer in answer.peers:
+                _take_peer_update(board, peer)
+
+
+def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
+    """The filter of another vCPU, before that one runs again."""
+    if peer.vp_index >= len(board.processors) or not peer.update.HasField("intercepts"):
+        raise GuestMisbehaved(f"VTL1 of {board.vm}", f"updates vCPU {peer.vp_index} with something else than a filter")
+    other = board.processors[peer.vp_index]
+    other.watched = Watched(peer.update.intercepts)
+    other.post(peer.update)
 
 
 def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:

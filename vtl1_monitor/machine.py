@@ -99,6 +99,8 @@ class Machine:
         self.next_token = 1
         self.grants: list[Action] = []
         self.filter_version = 1
+        # The last filter that lets less pass than the one before it.
+        self.strict_version = 1
 
     @property
     def ready(self) -> bool:
@@ -168,9 +170,30 @@ class Machine:
         """For vCPUs that are locked."""
         return intercept_filter(self.rules, self.roots, (rule.filter() for rule in self.code_rules))
 
-    def filter_changed(self) -> None:
-        """Makes every locked vCPU get the new filter with its next VTL return."""
+    def filter_changed(self, *, stricter: bool = True) -> None:
+        """Makes every locked vCPU get the new filter with the next VTL return of any of them.
+
+        Args:
+            stricter: something exits that did not before, so that no vCPU may run with the old filter.
+        """
         self.filter_version += 1
+        if stricter:
+            self.strict_version = self.filter_version
+
+    def lock_all(self) -> None:
+        """The pins hold on every vCPU, also on those that never asked for it.
+
+        They judge changes: a vCPU that INIT has reset may start, and what it sets stays set.
+        """
+        for processor in self.processors:
+            if not processor.locked:
+                processor.locked = True
+                processor.filter_version = 0
+
+    def lacks_strict_filter(self, vp_index: int) -> bool:
+        """The vCPU is locked and runs with a filter that lets too much pass."""
+        processor = self.processors[vp_index]
+        return processor.locked and processor.filter_version < self.strict_version
 
     def pending_filter(self, vp_index: int) -> vcpu_pb2.InterceptFilter | None:
         """The filter that this vCPU lacks; it counts as delivered."""

@@ -133,11 +133,19 @@ class PolicyProcessor:
         pending = self._machine.pending_filter(self._vp_index)
         if pending is not None:
             updates.append(vcpu_pb2.Update(intercepts=pending))
-        stop_all = any(update.HasField("protection") for update in updates)
+        others = [index for index in range(len(self._machine.processors)) if index != self._vp_index]
+        stop_all = any(update.HasField("protection") for update in updates) or any(
+            self._machine.lacks_strict_filter(index) for index in others
+        )
+        peers = [
+            vcpu_pb2.PeerUpdate(vp_index=index, update=vcpu_pb2.Update(intercepts=changed))
+            for index in others
+            if (changed := self._machine.pending_filter(index)) is not None
+        ]
         return vcpu_pb2.Exit(
             vp_index=self._vp_index,
             vtl=VTL,
-            vtl_return=vcpu_pb2.VtlReturn(resolution=resolution, updates=updates, stop_all=stop_all),
+            vtl_return=vcpu_pb2.VtlReturn(resolution=resolution, updates=updates, stop_all=stop_all, peers=peers),
         )
 
 

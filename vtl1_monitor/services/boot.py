@@ -31,7 +31,7 @@ def lock_registers(call: Call) -> int:
     if machine.rules.cr3 is not None:
         if machine.rules.cr3_frozen:
             machine.frozen_roots.add(root)
-            machine.filter_changed()
+            machine.filter_changed(stricter=False)
         elif root not in machine.roots:
             raise Refused(errno.EINVAL, f"cr3: root {root:#x} is not known to VTL1")
     for index, msr in machine.rules.msrs.items():
@@ -42,7 +42,7 @@ def lock_registers(call: Call) -> int:
 
 
 def end_of_boot(call: Call) -> Steps:
-    """(): applies the rules of the end of boot. -EINVAL if this vCPU did not lock its registers."""
+    """(): applies the rules of the end of boot, and all pins to every vCPU. -EINVAL if this one is not locked."""
     machine = call.machine
     if not machine.processors[call.vp_index].locked:
         raise Refused(errno.EINVAL, "LOCK_REGS was not called on this vCPU")
@@ -50,4 +50,5 @@ def end_of_boot(call: Call) -> Steps:
     if machine.rules.guard_page_tables is Phase.END_OF_BOOT:
         yield from guard_page_tables(call)
     machine.end_of_boot = True
+    machine.lock_all()
     return 0

@@ -41,7 +41,7 @@ def _write(call: Call, guard: TableGuard) -> Generator[Protect, int, None]:
 
 def _add_root(call: Call, guard: TableGuard) -> Generator[Protect, int, None]:
     yield from guard.add_root(_page(call))
-    call.machine.filter_changed()
+    call.machine.filter_changed(stricter=False)
 
 
 def _release(call: Call, guard: TableGuard) -> Generator[Protect, int, None]:

@@ -1780,6 +1780,7 @@ class VtlReturn(_message.Message):
     RESOLUTION_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
     STOP_ALL_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     stop_all: _builtins.bool
     """Stop every vCPU of the level below before the updates, and start them after."""
     @_builtins.property
@@ -1790,20 +1791,50 @@ class VtlReturn(_message.Message):
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Update]:
         """For the level below: registers, protections, intercepts, events."""
 
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerUpdate]:
+        """For other vCPUs of the level below: applied before they run again. With stop_all, before this one runs again too."""
+
     def __init__(
         self,
         *,
         resolution: Global___Resolution | None = ...,
         updates: _abc.Iterable[Global___Update] | None = ...,
         stop_all: _builtins.bool = ...,
+        peers: _abc.Iterable[Global___PeerUpdate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resolution", b"resolution"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resolution", b"resolution", "stop_all", b"stop_all", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "resolution", b"resolution", "stop_all", b"stop_all", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VtlReturn: _TypeAlias = VtlReturn  # noqa: Y015
+
+@_typing.final
+class PeerUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VP_INDEX_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    vp_index: _builtins.int
+    @_builtins.property
+    def update(self) -> Global___Update:
+        """Intercepts."""
+
+    def __init__(
+        self,
+        *,
+        vp_index: _builtins.int = ...,
+        update: Global___Update | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["update", b"update", "vp_index", b"vp_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerUpdate: _TypeAlias = PeerUpdate  # noqa: Y015
 
 @_typing.final
 class Protect(_message.Message):
