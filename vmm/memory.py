@@ -7,7 +7,9 @@ sends the same ProtectionUpdate to the guest before VTL0 runs again.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -107,6 +109,7 @@ class Memory:
         self._ram = Ram(directory, size, "vmm")
         self._maps = [self._ram.views[file] for file in _FILES]
         self._views = [memoryview(view) for view in self._maps]
+        self._descriptors = [os.open(directory / file.value, os.O_RDWR | os.O_CLOEXEC) for file in _FILES]
         self._on_code_written = on_code_written
         self._lock = threading.RLock()
         self._store = bytearray(self.pages)
@@ -118,6 +121,9 @@ class Memory:
             for view in self._views:
                 view.release()
             self._ram.close()
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+            self._descriptors.clear()
 
     def reset(self) -> None:
         """Lifts every protection and zeroes all three files, private pages included. No vCPU may run."""
@@ -188,12 +194,21 @@ class Memory:
         if old == PRIVATE and not reveal:
             self._zero(new, first, count)
         else:
-            self._views[new][start:end] = self._views[old][start:end]
+            self._copy(old, new, start, end)
         if old == PRIVATE:
             self._zero(PRIVATE, first, count)
         if new == PRIVATE:
             self._zero(WRITABLE, first, count)
             self._zero(SEALED, first, count)
+
+    def _copy(self, old: int, new: int, start: int, end: int) -> None:
+        """Inside the kernel: neither file is mapped page by page for it, and what was never written stays unreal."""
+        source, target = self._descriptors[old], self._descriptors[new]
+        while start < end:
+            done = os.copy_file_range(source, target, end - start, start, start)
+            if not done:
+                raise OSError(errno.EIO, "copy_file_range made no progress")
+            start += done
 
     def _zero(self, store: int, first: int, count: int) -> None:
         start, size = first * PAGE_SIZE, count * PAGE_SIZE
