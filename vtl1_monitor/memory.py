@@ -99,16 +99,20 @@ class GuestMemory:
                 wanted[first - low] = code
             else:
                 wanted[first - low : first - low + pages] = bytes([code]) * pages
-        by_code: dict[int, list[Run]] = {}
+        by_code: dict[int, list[int]] = {}  # first page and number of pages, alternately
         for different in _NOT_ZERO.finditer(_difference(wanted, present)):
-            for same in _SAME.finditer(wanted, *different.span()):
+            first, end = different.span()
+            if end - first == 1:
+                by_code.setdefault(wanted[first], []).extend((low + first, 1))
+                continue
+            for same in _SAME.finditer(wanted, first, end):
                 first, end = same.span()
-                by_code.setdefault(wanted[first], []).append(Run(low + first, end - first))
+                by_code.setdefault(wanted[first], []).extend((low + first, end - first))
         if not by_code:
             return None
         # Pages are closed before others are opened.
         order = sorted(by_code, key=lambda code: (code & rights.STORE_MASK == rights.WRITABLE, code))
-        updates = [rights.protection_update(code, by_code[code]) for code in order]
+        updates = [rights.flat_protection_update(code, by_code[code]) for code in order]
         return vcpu_pb2.Protect(protections=updates)
 
     def record(self, changes: Iterable[Change]) -> None:

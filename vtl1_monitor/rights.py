@@ -6,7 +6,7 @@ number of the PageStore.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vtlab.v1 import vcpu_pb2
@@ -81,9 +81,13 @@ def page_access(code: int) -> vcpu_pb2.PageAccess:
 
 def protection_update(code: int, runs: Iterable[Run]) -> vcpu_pb2.ProtectionUpdate:
     """The update that gives pages this code."""
+    return flat_protection_update(code, [number for run in runs for number in run])
+
+
+def flat_protection_update(code: int, numbers: Sequence[int]) -> vcpu_pb2.ProtectionUpdate:
+    """The same for many runs: first page and number of pages, alternately."""
     store = vcpu_pb2.PageStore.ValueType((code & STORE_MASK) >> STORE_SHIFT)
-    flat = [number for run in runs for number in run]
-    return vcpu_pb2.ProtectionUpdate(runs=flat, access=page_access(code), store=store)
+    return vcpu_pb2.ProtectionUpdate(runs=numbers, access=page_access(code), store=store)
 
 
 def merge(runs: Iterable[Run]) -> list[Run]:

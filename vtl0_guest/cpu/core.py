@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vtl0_guest.cpu import hypercall_page, msrs, startup
 from vtl0_guest.cpu.coherence import Coherence
@@ -41,6 +41,8 @@ _ALL = vcpu_pb2.PageAccess(read=True, write=True, kernel_execute=True, user_exec
 _READ_EXECUTE = vcpu_pb2.PageAccess(read=True, kernel_execute=True, user_execute=True)
 # Serial output waits this long for another exit, in seconds.
 _OUTPUT_DELAY = 0.010
+# From so many runs on, translated code between them is forgotten too: one call for all.
+_MANY_RUNS = 64
 
 
 class _Buffer(ctypes.Structure):
@@ -172,10 +174,8 @@ class Core:
             base = _BASES[file]
             if access.write and self._views[base >> REGION_SHIFT].readonly:  # type: ignore[union-attr]
                 raise errors.BadArgument("ProtectionUpdate.access", f"{file.value} cannot be written by this process")
-        changes_code = False
-        for first, count in runs:
-            self.nested.map(first, count, base, access)
-            changes_code = changes_code or access.kernel_execute or access.user_execute
+        self.nested.map_runs(runs, base, access)
+        changes_code = bool(runs) and (access.kernel_execute or access.user_execute)
         for processor in self._processors:
             self._hide_device_pages(processor.context)
             if changes_code:
@@ -184,7 +184,10 @@ class Core:
             self._place_overlay(self._overlay_page)
 
     @staticmethod
-    def _invalidate_runs(engine: Engine, base: int, runs: Iterable[tuple[int, int]]) -> None:
+    def _invalidate_runs(engine: Engine, base: int, runs: Sequence[tuple[int, int]]) -> None:
+        if len(runs) > _MANY_RUNS:
+            low, high = min(first for first, _ in runs), max(first + count for first, count in runs)
+            runs = [(low, high - low)]
         for first, count in runs:
             engine.invalidate_pages(base + first * PAGE_SIZE, count)
 

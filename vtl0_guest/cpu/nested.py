@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from array import array
+from collections.abc import Iterable
 from enum import IntEnum
 
 from vtlab.v1 import vcpu_pb2
@@ -124,16 +125,27 @@ class NestedTable:
         """Maps guest pages first..first+count to system-physical `base` + page address, with these rights."""
         if first < 0 or count < 0 or first + count > self.pages:
             raise ValueError(f"pages {first:#x}+{count:#x} are outside the {self.pages:#x} pages of the machine")
+        self.map_runs([(first, count)], base, access)
+
+    def map_runs(self, runs: Iterable[tuple[int, int]], base: int, access: vcpu_pb2.PageAccess) -> None:
+        """The same for many runs (first page, number of pages), which the caller has checked."""
         kernel = entry(0, access, access.kernel_execute)
         user = entry(0, access, access.user_execute)
         self.split = self.split or access.kernel_execute != access.user_execute
-        frames = range(base + first * PAGE_SIZE, base + (first + count) * PAGE_SIZE, PAGE_SIZE)
-        for rights, template in zip(self._rights, (kernel, user), strict=True):
-            run = array("Q", (frame | template for frame in frames) if template else bytes(8 * count))
-            rights[first : first + count] = memoryview(run)
-        if self._shown is not None:
-            both = kernel & RW and not kernel & user & NX
-            self._show_run(self._shown, first, count, Shown.WRITABLE if both else Shown.AS_IT_IS)
+        state = Shown.WRITABLE if kernel & RW and not kernel & user & NX else Shown.AS_IT_IS
+        kernel_rights, user_rights = self._rights
+        for first, count in runs:
+            frame = base + first * PAGE_SIZE
+            if count == 1:
+                kernel_rights[first] = frame | kernel if kernel else 0
+                user_rights[first] = frame | user if user else 0
+            else:
+                frames = range(frame, frame + count * PAGE_SIZE, PAGE_SIZE)
+                for rights, template in ((kernel_rights, kernel), (user_rights, user)):
+                    run = array("Q", (frame | template for frame in frames) if template else bytes(8 * count))
+                    rights[first : first + count] = memoryview(run)
+            if self._shown is not None:
+                self._show_run(self._shown, first, count, state)
         self.generation += 1
 
     def entry(self, page: int, user: bool = False) -> int:

@@ -25,32 +25,41 @@ def protect_memory(call: Call) -> Steps:
     memory = call.machine.memory
     ranges = read_ranges(memory, call.first, call.second)
     check_disjoint(ranges)
-    changes = [change for one in ranges for change in _changes(call, one)]
+    judged: dict[tuple[int, int, str], tuple[int, str]] = {}  # a long list asks the same of like pages
+    changes = []
+    for one in ranges:
+        _check(one)
+        for run, code, owner in memory.pieces(one.run):
+            question = one.attributes, code, owner
+            answer = judged.get(question)
+            if answer is None:
+                answer = judged[question] = _judge(run, *question)
+            changes.append(Change(run, *answer))
     yield from protect(memory, changes)
     return 0
 
 
-def _changes(call: Call, one: Range) -> list[Change]:
-    if one.pa % PAGE_SIZE or one.epa % PAGE_SIZE or one.va % PAGE_SIZE:
-        raise Refused(errno.EINVAL, f"range {one.pa:#x}-{one.epa:#x} is not page-aligned")
-    wanted = one.attributes
+def _check(one: Range) -> None:
+    """Raises Refused for a range that no policy could allow."""
+    va, pa, epa, wanted = one
+    if (va | pa | epa) % PAGE_SIZE:
+        raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} is not page-aligned")
     if wanted & ~_KNOWN or not wanted & _READ:
-        raise Refused(errno.EINVAL, f"range {one.pa:#x}-{one.epa:#x} has attributes {wanted:#x}")
+        raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} has attributes {wanted:#x}")
     if wanted & _WRITE and wanted & _EXECUTE:
-        raise Refused(errno.EACCES, f"range {one.pa:#x}-{one.epa:#x} would be writable and executable")
+        raise Refused(errno.EACCES, f"range {pa:#x}-{epa:#x} would be writable and executable")
+
+
+def _judge(run: rights.Run, wanted: int, code: int, owner: str) -> tuple[int, str]:
+    """New code and owner of pages. Raises Refused if that would relax what holds, naming the run."""
+    if code & rights.STORE_MASK == rights.PRIVATE or code & rights.PAGE_TABLE or owner == MODULES:
+        raise Refused(errno.EACCES, f"{_place(run)} is {rights.access_text(code)}, rule '{owner}'")
     asked = _asked(wanted)
-    changes = []
-    for run, code, owner in call.machine.memory.pieces(one.run):
-        if code & rights.STORE_MASK == rights.PRIVATE or code & rights.PAGE_TABLE or owner == MODULES:
-            raise Refused(errno.EACCES, f"{_place(run)} is {rights.access_text(code)}, rule '{owner}'")
-        if asked & ~code:
-            raise Refused(
-                errno.EACCES, f"{_place(run)} is {rights.access_text(code)} by rule '{owner}': cannot be relaxed"
-            )
-        # As in LVBS, EXECUTE is about the kernel; user programs keep what the policy gives them.
-        new = asked | code & rights.USER_EXECUTE | (rights.WRITABLE if wanted & _WRITE else rights.SEALED)
-        changes.append(Change(run, new, owner if new == code else OWNER))
-    return changes
+    if asked & ~code:
+        raise Refused(errno.EACCES, f"{_place(run)} is {rights.access_text(code)} by rule '{owner}': cannot be relaxed")
+    # As in LVBS, EXECUTE is about the kernel; user programs keep what the policy gives them.
+    new = asked | code & rights.USER_EXECUTE | (rights.WRITABLE if wanted & _WRITE else rights.SEALED)
+    return new, owner if new == code else OWNER
 
 
 def _asked(wanted: int) -> int:
