@@ -63,7 +63,7 @@ def read_ranges(memory: GuestMemory, pa: int, total: int) -> list[Range]:
 
 def check_disjoint(ranges: list[Range]) -> None:
     """Raises Refused (-EINVAL) if two ranges share a page."""
-    spans = sorted((pa // PAGE_SIZE, -(-epa // PAGE_SIZE)) for _, pa, epa, _ in ranges)
+    spans = sorted([(pa >> 12, epa + 0xFFF >> 12) for _, pa, epa, _ in ranges])
     for (_, end), (first, _) in pairwise(spans):
         if end > first:
             raise Refused(errno.EINVAL, f"two ranges share the page {first * PAGE_SIZE:#x}")
