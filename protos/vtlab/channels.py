@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
-from vtlab.process import termination
+from vtlab.process import spare_collections, termination
 from vtlab.status import from_rpc_error
 from vtlab.trust.certificates import load_credentials, server_name
 from vtlab.trust.interceptor import Gate
@@ -169,6 +169,7 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
     server.start()
     for service in ("", *recorder.services):
         health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    spare_collections()
     if config.ready is not None:
         config.ready.send(addresses)
     return BoundServer(server, health_servicer, addresses)
