@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import grpc
 
 from vmm import client_access
+from vmm.guarding import guard
 from vmm.machines import Machines
 from vmm.states import Operation
 from vtlab.v1 import vmm_pb2, vmm_pb2_grpc
@@ -102,6 +103,14 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
 
     def Hijack(self, request: vmm_pb2.HijackRequest, context: grpc.ServicerContext) -> vmm_pb2.HijackResponse:
         return vmm_pb2.HijackResponse(before=self._machines.get(request.vm).hijack(request))
+
+    def GuardMachine(
+        self, request: vmm_pb2.GuardMachineRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.GuardMachineResponse:
+        machine = self._machines.get(request.vm)
+        with machine.doing(Operation.GUARD, parked=True) as board:
+            guard(board)
+        return vmm_pb2.GuardMachineResponse(machine=machine.describe())
 
     def WriteSerial(
         self, request: vmm_pb2.WriteSerialRequest, context: grpc.ServicerContext

@@ -25,6 +25,7 @@ class Operation(StrEnum):
     TRANSLATE = "translate"
     HIJACK = "hijack"
     WRITE_SERIAL = "write serial"
+    GUARD = "guard"
     # From inside: a vCPU ended, asked for a reset, or broke.
     GUEST_ENDS = "end"
     GUEST_RESETS = "reset itself"
@@ -56,7 +57,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     RUNNING: {
-        **_stay(RUNNING, *_LOOK, *_CHANGE, _O.HIJACK, _O.RESET, _O.GUEST_RESETS),
+        **_stay(RUNNING, *_LOOK, *_CHANGE, _O.HIJACK, _O.GUARD, _O.RESET, _O.GUEST_RESETS),
         _O.PAUSE: PAUSED,
         _O.STOP: STOPPED,
         _O.DESTROY: FAILED,
@@ -64,7 +65,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     PAUSED: {
-        **_stay(PAUSED, *_LOOK, *_CHANGE, _O.HIJACK),
+        **_stay(PAUSED, *_LOOK, *_CHANGE, _O.HIJACK, _O.GUARD),
         _O.RESUME: RUNNING,
         _O.STOP: STOPPED,
         _O.RESET: RUNNING,

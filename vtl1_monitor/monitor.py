@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 VTL = 1
 MAX_PROCESSORS = 64
-_ELF_FORMATS = (
-    vcpu_pb2.IMAGE_FORMAT_UNSPECIFIED,
-    vcpu_pb2.IMAGE_FORMAT_DETECT,
-    vcpu_pb2.IMAGE_FORMAT_ELF,
-    vcpu_pb2.IMAGE_FORMAT_MULTIBOOT,
-)
 
 
 class Monitor:
@@ -234,5 +228,5 @@ def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:
         raise BadImage(image.path, error.strerror or "cannot be read") from None
     if image.sha256 and hashlib.sha256(data).digest() != image.sha256:
         raise BadImage(image.path, "SHA-256 is not the one asked for")
-    flat = None if image.format in _ELF_FORMATS else image.load_address
+    flat = image.load_address if image.format == vcpu_pb2.IMAGE_FORMAT_FLAT else None
     return BootImage(data, path.name, flat)

@@ -2,6 +2,7 @@
 
     idle --VTL_CALL--> serving --(service yields)--> Protect ... RESUME(status) --> serving --> VtlReturn --> idle
     idle --INTERCEPT | CLIENT_WRITE | ENABLE--> VtlReturn --> idle
+    idle --ENABLE by a client--> serving (services/guard.py)
 
 What fits no arrow is refused (WrongState) and changes nothing: the vCPU of VTL0 stays stopped.
 """
@@ -16,12 +17,15 @@ from vtl1_monitor.machine import Machine
 from vtl1_monitor.memory import GuestFault
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.services.call import Call, Refused
+from vtl1_monitor.services.guard import guard
 from vtl1_monitor.services.table import serve
 from vtl1_monitor.steps import ProtectFailed, Steps
 from vtlab.errors import WrongState
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 VTL = 1
+# In place of a service number, for what an operator asks.
+_GUARD = -1
 
 
 class PolicyProcessor:
@@ -83,12 +87,18 @@ class PolicyProcessor:
         return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, protect=request)
 
     def _refused(self, call: Call, refusal: Refused) -> vcpu_pb2.Exit:
+        if call.service == _GUARD:
+            resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_DENY, reason=str(refusal))
+            self._call = None
+            return self._vtl_return(resolution, [])
         resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMPLETE, reason=f"{call.name}: {refusal}")
         self._machine.verdicts.record(call.as_exit(), call.resolution or resolution, "services")
         return self._returned(call, -refusal.number)
 
     def _returned(self, call: Call, result: int) -> vcpu_pb2.Exit:
         self._call = None
+        if call.service == _GUARD:
+            return self._vtl_return(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT), call.updates)
         r8 = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_R8, value=result % (1 << 64))
         return self._vtl_return(call.resolution, [*call.updates, vcpu_pb2.Update(register=r8)])
 
@@ -126,8 +136,13 @@ class PolicyProcessor:
         memory.record([Change(run, code, memory.owner(gfn))])
         return vcpu_pb2.Update(protection=rights.protection_update(code, [run]))
 
-    def _enable(self, _enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        return self._vtl_return(None, [])
+    def _enable(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        """By the guest's hypercall, after which it calls; or by an operator, which guards it at once."""
+        if enter.intercept.origin != vcpu_pb2.ORIGIN_CLIENT:
+            return self._vtl_return(None, [])
+        self._call = Call(self._machine, self._vp_index, _GUARD, enter.registers)
+        self._steps = guard(self._call)
+        return self._advance(None)
 
     def _vtl_return(self, resolution: vcpu_pb2.Resolution | None, updates: list[vcpu_pb2.Update]) -> vcpu_pb2.Exit:
         pending = self._machine.pending_filter(self._vp_index)

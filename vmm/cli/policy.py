@@ -88,6 +88,22 @@ def lock(
         _show(lab.policy.lock(machine), as_json)
 
 
+def guard(
+    file: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy in YAML.")],
+    vm: Annotated[str, typer.Argument(metavar="[MACHINE]", help="Not needed if there is only one.")] = "",
+    vmm: options.Vmm = "",
+    monitor: options.Monitor = "",
+    trust: options.Trust = "",
+    as_json: options.Json = False,
+) -> None:
+    """Guard a running machine from outside: the policy holds at once, whatever its guest knows of VTL1."""
+    text = read_text(file)
+    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+        lab.policy.set(machine, text, file)
+        machine.guard()
+        _show(lab.policy.get(machine), as_json)
+
+
 def _show(policy: monitor_pb2.PolicyStatus, as_json: bool) -> None:
     if as_json:
         print_json(as_dict(policy))

@@ -29,7 +29,9 @@ def run(
     ram: Annotated[str, typer.Option("-m", metavar="SIZE", help="RAM, in MiB or with a unit.")] = "64M",
     processors: Annotated[int, typer.Option("-smp", metavar="N", min=1, help="vCPUs.")] = 1,
     append: Annotated[str, typer.Option("-append", metavar="TEXT", help="Kernel command line.")] = "",
-    initrd: Annotated[str, typer.Option("-initrd", metavar="FILE[ ARGS][,…]", help="Initial RAM disk, or multiboot modules.")] = "",
+    initrd: Annotated[
+        str, typer.Option("-initrd", metavar="FILE[ ARGS][,…]", help="Initial RAM disk, or multiboot modules.")
+    ] = "",
     serial: Annotated[
         list[str] | None,
         typer.Option("-serial", metavar="TARGET", help="stdio, file:PATH or null; twice for COM2."),
@@ -53,6 +55,9 @@ def run(
         str, typer.Option("--vsm-profile", metavar="NAME", help="How VSM answers: openvmm (default), tlfs or kvm.")
     ] = "",
     policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
+    guard_on: Annotated[
+        str, typer.Option("-guard-on", metavar="TEXT", help="Guard it with --policy when COM1 has said this.")
+    ] = "",
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
     rules: options.Rules = "",
     vmm: options.Vmm = "",
@@ -69,6 +74,8 @@ def run(
     modules = parse_modules(initrd)
     start = parse_flat(flat)
     text = read_text(policy)
+    if guard_on and not policy:
+        raise BadArgument("-guard-on", "needs --policy: what shall hold")
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(_sinks(targets, as_json))
         lab = stack.enter_context(options.given_or_private(vmm, monitor, trust, rules, as_json))
@@ -92,7 +99,7 @@ def run(
         if targets[0].stdio or targets[1].stdio:
             _forward_stdin(machine, 0 if targets[0].stdio else 1)
         late = _start(machine, timeout, stack)
-        end = _follow(machine, sinks)
+        end = _follow(machine, sinks, _Trigger(machine, guard_on))
         return _report(machine, end, late.is_set(), timeout, as_json)
 
 
@@ -189,16 +196,36 @@ def _start(machine: Machine, timeout: float, stack: contextlib.ExitStack) -> thr
     return late
 
 
-def _follow(machine: Machine, sinks: dict[int, IO[bytes]]) -> vmm_pb2.Machine:
+class _Trigger:
+    """Guards the machine once, when COM1 has said a text."""
+
+    def __init__(self, machine: Machine, text: str) -> None:
+        self._machine = machine
+        self._text = text.encode()
+        self._seen = b""
+
+    def feed(self, port: int, data: bytes) -> None:
+        if not self._text or port:
+            return
+        self._seen += data
+        if self._text in self._seen:
+            self._text = b""
+            self._machine.guard()
+        else:
+            self._seen = self._seen[-len(self._text) :]
+
+
+def _follow(machine: Machine, sinks: dict[int, IO[bytes]], trigger: _Trigger) -> vmm_pb2.Machine:
     """Copies serial output as it comes, until the machine has ended."""
     from vtlab.client.serial import ENDED
 
     for event in machine.events(["serial", "state", "lost"]):
         kind = event.WhichOneof("detail")
-        if kind == "serial" and event.serial.port in sinks:
-            sink = sinks[event.serial.port]
-            sink.write(event.serial.data)
-            sink.flush()
+        if kind == "serial":
+            if sink := sinks.get(event.serial.port):
+                sink.write(event.serial.data)
+                sink.flush()
+            trigger.feed(event.serial.port, event.serial.data)
         elif kind == "lost":
             print_error(f"{event.lost.count} events were lost, maybe with serial output")
         elif kind == "state" and event.state.state in ENDED:

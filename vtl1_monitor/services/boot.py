@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from vtl1_monitor.judge import CR3_BASE
+from vtl1_monitor.policy.rules import Rules
 from vtl1_monitor.policy.schema import Phase
 from vtl1_monitor.services.call import Call, Refused
 from vtl1_monitor.services.take_policy import guard_page_tables
@@ -18,15 +19,20 @@ _AT_CALL = {
 }
 
 
-def lock_registers(call: Call) -> int:
-    """(): the rules of registers hold on this vCPU. -EINVAL if it does not satisfy them now."""
-    machine = call.machine
+def check_registers(call: Call, rules: Rules) -> None:
+    """Raises Refused (-EINVAL) if this vCPU does not satisfy the rules of its control registers now."""
     for name, field in _AT_CALL.items():
-        rule = machine.rules.registers.get(name)
+        rule = rules.registers.get(name)
         value = getattr(call.registers, field)
         if rule is not None and (value ^ rule.fixed_value) & rule.fixed_mask:
             wrong = (value ^ rule.fixed_value) & rule.fixed_mask
             raise Refused(errno.EINVAL, f"{rule.name} is {value:#x}: bits {wrong:#x} are not as the policy wants")
+
+
+def lock_registers(call: Call) -> int:
+    """(): the rules of registers hold on this vCPU. -EINVAL if it does not satisfy them now."""
+    machine = call.machine
+    check_registers(call, machine.rules)
     root = call.registers.cr3 & CR3_BASE
     if machine.rules.cr3 is not None:
         if machine.rules.cr3_frozen:

@@ -40,12 +40,18 @@ def take_policy(call: Call) -> Steps:
     if not 0 < call.second <= MAX_POLICY_SIZE:
         raise Refused(errno.EINVAL, f"policy of {call.second} bytes")
     data = machine.memory.read(call.first, call.second)
-    parsed, rules = _resolved(call, data)
+    # The guest's own must be readable even where an operator's replaces it.
+    parsed, rules = resolved(call, machine.override, data)
+    machine.guest_policy_sha256 = hashlib.sha256(data).digest()
+    return (yield from adopt(call, parsed, rules))
 
+
+def adopt(call: Call, parsed: PolicyText, rules: Rules) -> Steps:
+    """The policy counts from here on: memory is sealed and measured, the guest's tables are guarded if it says so."""
+    machine = call.machine
     machine.taken = True
     machine.policy, machine.rules = parsed, rules
     machine.rules_before_lock = rules.without_registers()
-    machine.guest_policy_sha256 = hashlib.sha256(data).digest()
     machine.source = (
         monitor_pb2.POLICY_SOURCE_OPERATOR if parsed is machine.override else monitor_pb2.POLICY_SOURCE_GUEST
     )
@@ -58,12 +64,12 @@ def take_policy(call: Call) -> Steps:
     return 0
 
 
-def _resolved(call: Call, data: bytes) -> tuple[PolicyText, Rules]:
-    """The policy that counts, resolved; the guest's own must be readable even where an operator's replaces it."""
+def resolved(call: Call, override: PolicyText | None, data: bytes = b"") -> tuple[PolicyText, Rules]:
+    """The policy that counts, the operator's or else the guest's text, resolved. Raises Refused (-EINVAL)."""
     machine, registers = call.machine, call.registers
     translate = machine.memory.translator(cr0=registers.cr0, cr3=registers.cr3, cr4=registers.cr4, efer=registers.efer)
     try:
-        parsed = machine.override or parse(data.rstrip(b"\0"), "guest policy")
+        parsed = override or parse(data.rstrip(b"\0"), "guest policy")
         rules = resolve(parsed, machine.image, machine.memory.size, translate)
         problem = _table_problem(machine, rules, registers)
         if problem:

@@ -94,6 +94,15 @@ class Machine:
         """Emulated RESET: VTL1 gone, memory zeroed, the image loaded again, running."""
         return self._move(self._stub.ResetMachine, vmm_pb2.ResetMachineRequest(vm=self.name))
 
+    def guard(self) -> vmm_pb2.Machine:
+        """Has the operator's policy (`lab.policy.set`) hold from here on, whatever the guest knows of VTL1.
+
+        Raises:
+            Refused: there is none, or the guest is not in a state that it allows; nothing was changed.
+            WrongState: VTL1 is not on offer, or is the guest's own code, or the machine does not run.
+        """
+        return self._move(self._stub.GuardMachine, vmm_pb2.GuardMachineRequest(vm=self.name))
+
     def destroy(self) -> None:
         """Removes it and its memory."""
         call(self._peer, self._stub.DestroyMachine, vmm_pb2.DestroyMachineRequest(vm=self.name))

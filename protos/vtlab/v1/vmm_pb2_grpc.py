@@ -115,6 +115,11 @@ class VmmServiceStub:
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.HijackRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_vmm__pb2.HijackResponse.FromString,
                 _registered_method=True)
+        self.GuardMachine = channel.unary_unary(
+                '/vtlab.v1.VmmService/GuardMachine',
+                request_serializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.FromString,
+                _registered_method=True)
         self.WriteSerial = channel.unary_unary(
                 '/vtlab.v1.VmmService/WriteSerial',
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
@@ -234,6 +239,14 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GuardMachine(self, request, context):
+        """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
+        hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteSerial(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -329,6 +342,11 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.Hijack,
                     request_deserializer=vtlab_dot_v1_dot_vmm__pb2.HijackRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_vmm__pb2.HijackResponse.SerializeToString,
+            ),
+            'GuardMachine': grpc.unary_unary_rpc_method_handler(
+                    servicer.GuardMachine,
+                    request_deserializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.SerializeToString,
             ),
             'WriteSerial': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteSerial,
@@ -774,6 +792,33 @@ class VmmService:
             '/vtlab.v1.VmmService/Hijack',
             vtlab_dot_v1_dot_vmm__pb2.HijackRequest.SerializeToString,
             vtlab_dot_v1_dot_vmm__pb2.HijackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GuardMachine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VmmService/GuardMachine',
+            vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.SerializeToString,
+            vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,10 @@ class VmmServiceStub:
     """Walks VTL0's page tables."""
     Hijack: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.HijackRequest, _vmm_pb2.HijackResponse]
     """Pauses, places code and registers, runs to its end (a HLT or a fault) and restores nothing: an attacker's debugger."""
+    GuardMachine: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.GuardMachineRequest, _vmm_pb2.GuardMachineResponse]
+    """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
+    hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
+    """
     WriteSerial: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]
     WatchEvents: _grpc.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
@@ -88,6 +92,10 @@ class VmmServiceAsyncStub(VmmServiceStub):
     """Walks VTL0's page tables."""
     Hijack: _aio.UnaryUnaryMultiCallable[_vmm_pb2.HijackRequest, _vmm_pb2.HijackResponse]  # type: ignore[assignment]
     """Pauses, places code and registers, runs to its end (a HLT or a fault) and restores nothing: an attacker's debugger."""
+    GuardMachine: _aio.UnaryUnaryMultiCallable[_vmm_pb2.GuardMachineRequest, _vmm_pb2.GuardMachineResponse]  # type: ignore[assignment]
+    """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
+    hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
+    """
     WriteSerial: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]  # type: ignore[assignment]
     WatchEvents: _aio.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
@@ -213,6 +221,16 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vmm_pb2.HijackResponse, _abc.Awaitable[_vmm_pb2.HijackResponse]]:
         """Pauses, places code and registers, runs to its end (a HLT or a fault) and restores nothing: an attacker's debugger."""
+
+    @_abc_1.abstractmethod
+    def GuardMachine(
+        self,
+        request: _vmm_pb2.GuardMachineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.GuardMachineResponse, _abc.Awaitable[_vmm_pb2.GuardMachineResponse]]:
+        """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
+        hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
+        """
 
     @_abc_1.abstractmethod
     def WriteSerial(

@@ -24,7 +24,8 @@ _TIMER_BITS = 24
 # The carry is a change of the highest bit.
 _CARRY = 1 << _TIMER_BITS - 1
 _TIMER_STATUS = 1
-_GLOBAL_STATUS = 1 << 5
+# Enable bits that can be written: timer, global lock, power button, sleep button, clock. Kernels check that they stick.
+_ENABLE_WRITABLE = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10
 _SCI_ENABLED, _SLEEP_ENABLE = 1, 1 << 13
 _CONTROL_WRITABLE = 0x1C02
 
@@ -92,7 +93,7 @@ class PowerManagement:
         self._update()
         self._status &= ~(value & 0xFFFF)
         enable = mask >> 16 & 0xFFFF
-        self._enable = (self._enable & ~enable | value >> 16 & enable) & (_TIMER_STATUS | _GLOBAL_STATUS)
+        self._enable = (self._enable & ~enable | value >> 16 & enable) & _ENABLE_WRITABLE
         self._update()
         self._guard.rearm()
 

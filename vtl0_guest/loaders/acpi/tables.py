@@ -15,9 +15,10 @@ _OEM, _TABLE, _CREATOR = b"VTLAB ", b"VTLABPC ", b"VTLB"
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
 FACS_SIZE = 64
 
-# FADT flags (table 5.10): WBINVD works, C1 on all processors, no fixed power and sleep buttons, reset register.
-_WBINVD, _PROC_C1, _NO_POWER_BUTTON, _NO_SLEEP_BUTTON, _RESET = 1, 1 << 2, 1 << 4, 1 << 5, 1 << 10
-_FADT_FLAGS = _WBINVD | _PROC_C1 | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _RESET
+# FADT flags (table 5.10): WBINVD works, C1 on all processors, no fixed power and sleep buttons, no wake-up event of the
+# clock, reset register.
+_WBINVD, _PROC_C1, _NO_POWER_BUTTON, _NO_SLEEP_BUTTON, _NO_CLOCK, _RESET = 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6, 1 << 10
+_FADT_FLAGS = _WBINVD | _PROC_C1 | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _NO_CLOCK | _RESET
 # IA-PC boot architecture (table 5.11): legacy devices, an 8042, no VGA, no MSI.
 _BOOT_ARCHITECTURE = 0x1 | 0x2 | 0x4 | 0x8
 # Longer than ACPI takes for a state that can be used: there is no C2 and no C3.

@@ -1,0 +1,42 @@
+"""Guarding from outside: the operator's policy holds at once, on a machine whose guest never asked for VTL1.
+
+What a guest does with TAKE_POLICY, LOCK_REGS and SIGNAL_END_OF_BOOT is done in one step, for the state that the guest is
+in. Nothing is said to the guest.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from vtl1_monitor.services.boot import check_registers, end_of_boot, lock_registers
+from vtl1_monitor.services.call import Call, Refused
+from vtl1_monitor.services.take_policy import adopt, resolved
+from vtl1_monitor.steps import Steps
+from vtlab.x86.registers import Cr0
+
+
+def guard(call: Call) -> Steps:
+    """Of one vCPU, with its present registers; the first call of a machine takes the policy.
+
+    A vCPU without paging was not started yet, or was reset by INIT: it cannot satisfy the pins now and is held to them by
+    its changes.
+
+    Raises:
+        Refused: no operator's policy (-ENOENT); a policy that does not fit, or registers that are not as it wants
+            (-EINVAL). Nothing holds then that did not before.
+    """
+    machine = call.machine
+    started = bool(call.registers.cr0 & Cr0.PG)
+    if machine.broken:
+        raise Refused(errno.EPERM, machine.broken)
+    if not machine.taken:
+        if machine.override is None:
+            raise Refused(errno.ENOENT, "no operator's policy is set for this machine")
+        parsed, rules = resolved(call, machine.override)
+        check_registers(call, rules)  # before anything is changed
+        yield from adopt(call, parsed, rules)
+        lock_registers(call)
+        yield from end_of_boot(call)
+    elif started:
+        lock_registers(call)
+    return 0
