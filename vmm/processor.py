@@ -7,7 +7,7 @@ exit, then every update that others posted), and nothing else changes that vCPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
@@ -39,6 +39,7 @@ class Processor:
         self._guest = guest
         self._monitor = monitor
         self._entered = guest
+        self._ready: Callable[[], bool] | None = None
         self._monitor_sequence = 0
         self._gate = gate
         self._pending: list[Update] = []
@@ -87,6 +88,9 @@ class Processor:
             Cancelled: the machine is being stopped.
             PeerUnavailable, GuestMisbehaved: see Level.enter.
         """
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            self._gate.wait(self.index, ready)
         vtl = self.vtl.active
         level = self._guest if vtl == VTL0 else self._require_monitor()
         self._entered = level
@@ -95,6 +99,10 @@ class Processor:
             return self._enter(level, vtl, enter, kick_first)
         finally:
             self._gate.leave(self.index)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """The next run() waits for that first, unless an interrupt for VTL1 comes or somebody holds the gate."""
+        self._ready = ready
 
     def settle(self) -> Exit:
         """Has VTL0 apply what waits for it while VTL1 is active: it exits again before it runs an instruction.

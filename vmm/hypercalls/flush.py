@@ -60,7 +60,7 @@ def _flush(call: Call, legal: int, targets: set[int] | None) -> Reply:
         return Reply(HvStatus.INVALID_PARAMETER)
     chosen = [processor for processor in processors if processor.index in targets]
     if call.vtl == VTL0 and any(processor.vtl.tlb_locked for processor in chosen):
-        call.board.gate.wait(call.processor.index, lambda: not any(one.vtl.tlb_locked for one in chosen))
+        call.processor.wait_until(lambda: not any(one.vtl.tlb_locked for one in chosen))
         return Reply(HvStatus.SUCCESS, again=True)
     _post(call, chosen)
     return Reply(HvStatus.SUCCESS, reps=len(call.elements))

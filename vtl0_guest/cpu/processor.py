@@ -36,6 +36,7 @@ _SVM = 0x100
 _RIP = layout.RIP // 8
 _MAX_UNSENT = 4096  # bytes of serial output that may wait
 _ENDS = frozenset({"debug_exit", "reset_request", "power_off", "shutdown", "failure"})
+_CARRIERS = _ENDS | {"output"}
 _HYPERCALLS = frozenset({Mnemonic.VMCALL, Mnemonic.VMMCALL})
 _PORT_MNEMONICS = frozenset(
     {
@@ -203,6 +204,9 @@ class Processor:
                 self._held = operation
                 return Outcome.IDLE
             self._held = None
+            if self._core.shares_state and self._has_output and operation.exit.WhichOneof("reason") not in _CARRIERS:
+                # The other level may run next, and this one not for long: its output goes first.
+                self._held, operation = operation, Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
             self._result = self._leave(operation)
         except BaseException as error:  # noqa: BLE001 - another processor's thread may drive this one
             self._result = error
