@@ -14,12 +14,13 @@ from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, start
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice
-from vtl0_guest.cpu.environment import Seg
+from vtl0_guest.cpu.environment import Gpr, Seg
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdown, general_protection, undefined_opcode
 from vtl0_guest.cpu.gates import Event
 from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
 from vtl0_guest.cpu.instructions.table import TABLE
 from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
+from vtl0_guest.cpu.nested import ADDRESS
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
 from vtl0_guest.cpu.turns import Outcome
@@ -68,6 +69,9 @@ class Processor:
         self._output_due = False
         self._nmi_pending = False
         self._nmi_blocked = False
+        # RIP and RSP of the IRET that ends an NMI's handler, from its exit until it has run.
+        self._iret: tuple[int, int] | None = None
+        self._stops_behind_iret = False
         self._external: deque[int] = deque()
         self._retried: tuple[int, int] | None = None
         self._nested_generation = -1
@@ -173,6 +177,7 @@ class Processor:
     def _forget_events(self) -> None:
         self._retried = None
         self._nmi_pending = self._nmi_blocked = False
+        self._iret, self._stops_behind_iret = None, False
         self._external.clear()
         self._engine.intercept(ExitCode.IRET, False)
 
@@ -343,6 +348,8 @@ class Processor:
             return self._deliver(Event(Vector.DB, None, self._environment.rip))
         if context.hyperv.synic.due:
             context.hyperv.synic.deliver()
+        if self._iret is not None:
+            self._look_behind_iret()
         if self._engine.pending:
             self._engine.set_pending(False)  # before looking: what arrives from here on is a new request
             taken = self._take_startup() or self._take_interrupt()
@@ -407,11 +414,12 @@ class Processor:
     # ------------------------------------------------------------------------------------------- stop reasons
 
     def _on_budget_spent(self) -> Operation | None:
-        """The block of an IRET that ends an NMI's handler is over."""
+        """The IRET that ends an NMI's handler has run, unless it is the first block itself."""
+        if self._place() == self._iret:
+            self._engine.set_budget(1)
+            return None
         self._engine.set_budget(UNLIMITED)
         self._engine.watch_blocks(not self._environment.long_mode)
-        self._nmi_blocked = False
-        self._engine.set_pending(True)
         return None
 
     def _on_task_switch(self) -> Operation | None:
@@ -463,12 +471,34 @@ class Processor:
         return None
 
     def _on_iret(self) -> Operation | None:
-        """NMIs may come again after this IRET: let its block run, and stop at the next one."""
+        """NMIs may come again behind this IRET (Intel SDM volume 3, "Handling multiple NMIs")."""
         self._engine.intercept(ExitCode.IRET, False)
-        self._engine.watch_blocks(True)
-        self._engine.flush_code()
-        self._engine.set_budget(1)
+        self._iret = self._place()
         return None
+
+    def _place(self) -> tuple[int, int]:
+        return self._environment.rip, self._environment.gpr(Gpr.RSP)
+
+    def _look_behind_iret(self) -> None:
+        """If the IRET has run, NMIs may come; if one waits for that, the engine is to stop at the next block."""
+        if self._place() != self._iret:
+            self._iret, self._nmi_blocked, self._stops_behind_iret = None, False, False
+            self._engine.set_pending(True)
+        elif not self._stops_behind_iret and (self._nmi_pending or self._core.platform.urgent(self._context.vp_index)):
+            self._stops_behind_iret = True
+            # The page that it goes to is translated anew, with the hook that counts blocks.
+            self._engine.watch_blocks(True)
+            self._engine.set_budget(0)
+            memory, stack = self._context.memory, self._environment.segment(Seg.SS).base
+            try:
+                target = memory.read_int(stack + self._environment.gpr(Gpr.RSP), 8, implicit=True)
+                gpa = memory.code_gpa(target) if self._environment.bitness == 64 else None
+            except (GuestFault, NestedFault):
+                gpa = None
+            if gpa is None:
+                self._engine.flush_code()
+            else:
+                self._engine.invalidate_pages(self._core.nested.entry(gpa >> 12) & ADDRESS, 1)
 
     def _on_pause(self) -> Operation | None:
         """The guest spins while others are ready: they go on."""
