@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vtlab.v1.registers_pb2 import ProcessorState
-from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit
+from vtlab.v1.vcpu_pb2 import AttachRequest, AttachResponse, Enter, Exit
 
 
 class Level(Protocol):
@@ -20,7 +20,7 @@ class Level(Protocol):
     def vtl(self) -> int:
         """0 or 1."""
 
-    def attach(self, request: AttachRequest) -> None:
+    def attach(self, request: AttachRequest) -> AttachResponse | None:
         """Binds the level to a machine. Raises what the level refuses with, or PeerUnavailable."""
 
     def detach(self, vm: str) -> None:

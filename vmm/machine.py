@@ -34,7 +34,7 @@ from vtlab.errors import NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
-from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, Update
+from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, ReferenceClock, Update
 from vtlab.v1.vmm_pb2 import DeviceEvent, HijackRequest, MachineSpec, MachineState
 
 _log = logging.getLogger(__name__)
@@ -333,8 +333,9 @@ class Machine:
         return [level for level in (self._monitor, self._guest) if level is not None]
 
     def _attach(self) -> None:
+        reference: ReferenceClock | None = None
         for level in self._levels():
-            level.attach(
+            response = level.attach(
                 AttachRequest(
                     vm=self.vm,
                     generation=self._generation,
@@ -344,8 +345,12 @@ class Machine:
                     memory_directory=str(self._directory),
                     image=self._image,
                     personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
+                    reference=reference,
+                    local_apic_enabled=self._board.profile.local_apic_enabled,
                 )
             )
+            if response is not None and response.HasField("reference"):
+                reference = response.reference
         if self._guest_code and self._monitor is not None:
             self._monitor.listen(self._board.gate.interrupt)
 

@@ -78,12 +78,13 @@ class RemoteLevel:
         if patience is not None:
             threading.Thread(target=self._watch, name=f"watch-vtl{vtl}", daemon=True).start()
 
-    def attach(self, request: AttachRequest) -> None:
+    def attach(self, request: AttachRequest) -> vcpu_pb2.AttachResponse:
         """Binds the process to a machine. Raises what the process refuses with, or PeerUnavailable."""
         with translated(self.name):
-            self._stub.Attach(request, timeout=CALL_TIMEOUT)
+            response = self._stub.Attach(request, timeout=CALL_TIMEOUT)
         # Guest code may run for ever, at every level.
         self._runs_code = not self.vtl or request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
+        return response
 
     def detach(self, vm: str) -> None:
         """Ends the streams and makes the process forget the machine."""

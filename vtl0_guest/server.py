@@ -45,6 +45,9 @@ class CoreLevel:
             self._platform = build_platform(request.vp_count, request.ram_size)
             self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
             self._core.shares_state = request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
+            if request.HasField("reference"):
+                clock = request.reference
+                self._core.reference.adopt(clock.scale, clock.offset, clock.tsc_hz)
         except BaseException:
             self._ram.close()
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from vtl0_guest.cpu import levels
 from vtl0_guest.cpu.core import Core
+from vtl0_guest.cpu.devices.apic_registers import Register
 from vtl0_guest.cpu.devices.bus import Platform
 from vtl0_guest.cpu.devices.platform import build_platform
 from vtl0_guest.cpu.processor import Processor
@@ -23,6 +24,7 @@ from vtlab.vcpu import Vcpu, Wakes
 VTL = 1
 # Seconds that a kicked vCPU may take to exit.
 _STOP_TIMEOUT = 5.0
+_SOFTWARE_ENABLED = 0x1FF
 
 
 class GuestCodeProcessor:
@@ -64,11 +66,14 @@ class GuestCodeProcessor:
 class GuestCode:
     """VTL1 of one machine. Thread-safe."""
 
-    def __init__(self, ram: Ram, vp_count: int) -> None:
+    def __init__(self, ram: Ram, vp_count: int, *, local_apic_enabled: bool = False) -> None:
         """`ram` must outlive it. Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library)."""
         self._platform = build_platform(vp_count, ram.size)
         self._core = Core(ram, vp_count, VTL, self._platform)
         self._core.shares_state = True
+        if local_apic_enabled:
+            for index in range(vp_count):
+                self._platform.local_apic(index).mmio_write(Register.SVR << 4, 4, _SOFTWARE_ENABLED)
         self._wakes = Wakes()
         self._vcpus = [
             Vcpu(index, VTL, GuestCodeProcessor(self._core.processor(index), self._platform))
@@ -81,6 +86,11 @@ class GuestCode:
             self._woken(vp_index)
 
         self._platform.on_wake = on_wake
+
+    def reference(self) -> vcpu_pb2.ReferenceClock:
+        """The partition's clock, for the lower level."""
+        clock = self._core.reference
+        return vcpu_pb2.ReferenceClock(scale=clock.scale, offset=clock.offset, tsc_hz=clock.tsc_hz)
 
     def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Executes an enter of a vCPU that exists. Raises as Session.answer()."""

@@ -64,7 +64,7 @@ class Monitor:
             machine = self._create(request)
             code = None
             if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
-                code = _guest_code(machine.memory.ram, request.vp_count)
+                code = _guest_code(machine.memory.ram, request)
             self._close()
             machine.override = self._overrides.get(request.vm)
             self._machine = machine
@@ -92,6 +92,11 @@ class Monitor:
         except (OSError, ValueError) as error:
             raise BadArgument("memory_directory", str(error)) from None
         return Machine(request.vm, request.generation, request.vp_count, GuestMemory(ram), image, self._rules)
+
+    def reference(self) -> vcpu_pb2.ReferenceClock | None:
+        """The clock that VTL0 shares with guest code at VTL1; None where a policy answers."""
+        code = self._code
+        return code.reference() if code is not None else None
 
     def detach(self, vm: str) -> None:
         """Wipes VTL1's memory and keys and forgets the machine. Raises NotFound."""
@@ -211,10 +216,10 @@ class Monitor:
         return machine
 
 
-def _guest_code(ram: Ram, vp_count: int) -> GuestCode:
+def _guest_code(ram: Ram, request: vcpu_pb2.AttachRequest) -> GuestCode:
     from vtl1_monitor.guest_code import GuestCode  # loads the emulator, which no policy needs
 
-    return GuestCode(ram, vp_count)
+    return GuestCode(ram, request.vp_count, local_apic_enabled=request.local_apic_enabled)
 
 
 def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:

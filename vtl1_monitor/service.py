@@ -27,7 +27,7 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
 
     def Attach(self, request: vcpu_pb2.AttachRequest, context: grpc.ServicerContext) -> vcpu_pb2.AttachResponse:
         self._monitor.attach(request)
-        return vcpu_pb2.AttachResponse()
+        return vcpu_pb2.AttachResponse(reference=self._monitor.reference())
 
     def Detach(self, request: vcpu_pb2.DetachRequest, context: grpc.ServicerContext) -> vcpu_pb2.DetachResponse:
         self._monitor.detach(request.vm)

@@ -71,6 +71,7 @@ class Core:
     `ram` must outlive the core. Initially every page is in the writable file with all rights.
 
     Attributes:
+        reference: the partition reference time.
         nested: the nested page table that all processors share.
         turns: of the processors; one runs at a time.
         coherence: sees to code that one processor writes and another runs.
@@ -112,6 +113,7 @@ class Core:
         self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
         self._physical = physical = PhysicalMemory(self.nested, views, self._stored)
         partition = Partition(platform.clock, physical, vp_count, reference_start)
+        self.reference = partition.reference
         self._processors = []
         for index in range(vp_count):
             engine = Engine(regions, self.nested)

@@ -54,6 +54,7 @@ class VsmProfile:
     ipi_to_higher: HvStatus
     memory_message_size: int
     branch_length_in_execute_message: bool
+    local_apic_enabled: bool
 
 
 class Difference(NamedTuple):
@@ -173,6 +174,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         False,
         True,
     ),
+    Difference("local_apic_enabled", "The local APIC of a new VTL1 is software-enabled", False, False, True),
 )
 
 

@@ -251,6 +251,8 @@ class AttachRequest(_message.Message):
     MEMORY_DIRECTORY_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     PERSONALITY_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    LOCAL_APIC_ENABLED_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     generation: _builtins.int
     """Counts the resets and re-creations of the machine; a process refuses a number lower than the one it has."""
@@ -263,9 +265,15 @@ class AttachRequest(_message.Message):
     """Folder with the memory files that this level may open (see vtlab.ram)."""
     personality: Global___Personality.ValueType
     """Who answers at VTL1. Told to both levels: where both run guest code, their exits carry what levels share."""
+    local_apic_enabled: _builtins.bool
+    """For a VTL1 that runs guest code: its local APICs start software-enabled."""
     @_builtins.property
     def image(self) -> Global___BootImage:
         """What to boot. VTL0 loads it; VTL1 reads sections and symbols from it."""
+
+    @_builtins.property
+    def reference(self) -> Global___ReferenceClock:
+        """Unset: the level starts a clock of its own."""
 
     def __init__(
         self,
@@ -278,10 +286,12 @@ class AttachRequest(_message.Message):
         memory_directory: _builtins.str = ...,
         image: Global___BootImage | None = ...,
         personality: Global___Personality.ValueType = ...,
+        reference: Global___ReferenceClock | None = ...,
+        local_apic_enabled: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "reference", b"reference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "local_apic_enabled", b"local_apic_enabled", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "reference", b"reference", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,16 +369,50 @@ Global___BootModule: _TypeAlias = BootModule  # noqa: Y015
 class AttachResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reference(self) -> Global___ReferenceClock:
+        """From a VTL1 that runs guest code: what VTL0 has to use too."""
+
     def __init__(
         self,
+        *,
+        reference: Global___ReferenceClock | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class ReferenceClock(_message.Message):
+    """The partition reference time of all levels: ((TSC * scale) >> 64) + offset, in units of 100 ns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    TSC_HZ_FIELD_NUMBER: _builtins.int
+    scale: _builtins.int
+    offset: _builtins.int
+    tsc_hz: _builtins.int
+    def __init__(
+        self,
+        *,
+        scale: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        tsc_hz: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "scale", b"scale", "tsc_hz", b"tsc_hz"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReferenceClock: _TypeAlias = ReferenceClock  # noqa: Y015
 
 @_typing.final
 class DetachRequest(_message.Message):

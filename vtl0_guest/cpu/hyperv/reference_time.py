@@ -67,6 +67,10 @@ class ReferenceTime:
         self._formula = scale, offset
         return self._formula
 
+    def adopt(self, scale: int, offset: int, tsc_hz: int) -> None:
+        """Takes the formula of another level of the partition."""
+        self._formula, self._frequency = (scale, offset), tsc_hz
+
     @property
     def scale(self) -> int:
         return (self._formula or self._fix())[0]
