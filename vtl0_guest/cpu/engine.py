@@ -408,7 +408,8 @@ class Engine:
         base = self._code_bases.get(frame >> REGION_SHIFT)
         if base is not None:
             start = base + (frame & (1 << REGION_SHIFT) - 1)
-            self._invalidate(self._handle, start, start + count * 0x1000)
+            if self._memory.holds_code(start, count):
+                self._invalidate(self._handle, start, start + count * 0x1000)
 
     def flush_code(self) -> None:
         """Forgets all translated code. Each block costs about 2.5 µs again."""

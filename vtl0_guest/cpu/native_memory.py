@@ -212,6 +212,11 @@ class NativeMemory:
         record.pages = pages
         record.engine, record.processor = engine, processor
 
+    def holds_code(self, first: int, count: int) -> bool:
+        """Code was translated from one of `count` pages from that ram_addr_t on."""
+        page = first // _PAGE
+        return self._map.find(b"\1", page, page + count) >= 0
+
     def close(self) -> None:
         """To be called when the engine runs no more."""
         self._process.give(self._record)
