@@ -34,7 +34,8 @@ class Gate:
     def __init__(self, vp_count: int, kick: Callable[[int, int], object]) -> None:
         """:param kick: makes the guest leave (vp_index, sequence) soon; must not block for long."""
         self._kick = kick
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._places = [Place.BUSY] * vp_count
         self._sequences = [0] * vp_count
         self._holds = 0
@@ -60,8 +61,8 @@ class Gate:
         Raises:
             Cancelled: the machine is being stopped.
         """
-        with self._condition:
-            while self._holds or self._closed or self._waits(vp_index, vtl):
+        with self._lock:  # the condition's own, without its method calls: every exit comes through here
+            while self._holds or self._closed or (self._halted and self._waits(vp_index, vtl)):
                 if self._closed:
                     raise Cancelled(f"vCPU {vp_index}", "the machine is being stopped")
                 if vp_index in self._flushing:
@@ -79,7 +80,7 @@ class Gate:
 
     def leave(self, vp_index: int) -> None:
         """The vCPU has exited."""
-        with self._condition:
+        with self._lock:
             self._places[vp_index] = Place.BUSY
             self._flushing.discard(vp_index)
             if self._watchers:

@@ -35,6 +35,13 @@ class Level(Protocol):
             Cancelled: hang_up() was called.
         """
 
+    def drive(self, enter: Enter, answer: Callable[[Exit], Enter | None]) -> None:
+        """Runs a vCPU from exit to exit, with what `answer` makes of each, until it gives None.
+
+        Costs less than as many calls of enter(), which must not be called for that vCPU meanwhile. Raises as enter(),
+        and what `answer` raises; it may be called on another thread.
+        """
+
     def kick(self, vp_index: int, sequence: int) -> bool:
         """Makes that enter exit soon. False if it had exited already, or if the level cannot be reached."""
 

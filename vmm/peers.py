@@ -15,6 +15,7 @@ import grpc
 import tenacity
 from google.protobuf.message import DecodeError
 
+from vmm.driven import DrivenStream
 from vtlab.errors import Cancelled, GuestMisbehaved, PeerUnavailable, VtlabError
 from vtlab.status import from_rpc_error, translated
 from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
@@ -70,6 +71,7 @@ class RemoteLevel:
         self._stub = vcpu_pb2_grpc.VcpuServiceStub(channel)
         self._run: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_RUN)
         self._streams: dict[int, _Stream] = {}
+        self._driven: dict[int, DrivenStream] = {}
         self._deadlines: dict[int, float] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -120,7 +122,45 @@ class RemoteLevel:
         finally:
             if self.patience is not None:
                 self._deadlines.pop(vp_index, None)
-        exit_ = self._parse(data)
+        return self._exit(data, enter)
+
+    def drive(self, enter: Enter, answer: Callable[[Exit], Enter | None]) -> None:
+        """See Level.drive. `answer` runs on another thread than the caller's, which waits."""
+        vp_index = enter.vp_index
+
+        def following(data: bytes) -> bytes | None:
+            nonlocal enter
+            following_enter = answer(self._exit(data, enter))
+            if following_enter is None:
+                return None
+            enter = following_enter
+            return RunRequest(enter=enter).SerializeToString()
+
+        request: bytes | None = RunRequest(enter=enter).SerializeToString()
+        while request is not None:
+            stream = DrivenStream(self._run, request, following)
+            with self._lock:
+                self._driven[vp_index] = stream
+                repeated = self._streams.pop(vp_index, None)
+            if repeated is not None:
+                repeated.close()
+            try:
+                request = stream.wait()
+            finally:
+                with self._lock:
+                    self._driven.pop(vp_index, None)
+            if request is not None:
+                request = following(self._again(vp_index, request, stream.failure))
+
+    def _exit(self, data: bytes, enter: Enter) -> Exit:
+        """Parses what answers an enter. Raises GuestMisbehaved."""
+        if not self.vtl and len(data) > MAX_GUEST_EXIT:
+            raise GuestMisbehaved(self.name, f"an exit has {len(data)} bytes, more than {MAX_GUEST_EXIT}")
+        try:
+            exit_ = RunResponse.FromString(data).exit
+        except DecodeError as error:
+            raise GuestMisbehaved(self.name, f"an exit is no message: {error}") from None
+        vp_index = enter.vp_index
         if exit_.sequence != enter.sequence or exit_.vp_index != vp_index or exit_.vtl != self.vtl:
             raise GuestMisbehaved(
                 self.name,
@@ -153,7 +193,7 @@ class RemoteLevel:
     def hang_up(self) -> None:
         """Ends all streams: who waits in enter() gets Cancelled. The next enter() opens a new one."""
         with self._lock:
-            streams = list(self._streams.values())
+            streams: list[_Stream | DrivenStream] = [*self._streams.values(), *self._driven.values()]
             self._streams.clear()
         for stream in streams:
             stream.close()
@@ -212,11 +252,3 @@ class RemoteLevel:
                     stream = self._streams.pop(vp_index, None)
                 if stream is not None:
                     stream.close()
-
-    def _parse(self, data: bytes) -> Exit:
-        if not self.vtl and len(data) > MAX_GUEST_EXIT:
-            raise GuestMisbehaved(self.name, f"an exit has {len(data)} bytes, more than {MAX_GUEST_EXIT}")
-        try:
-            return RunResponse.FromString(data).exit
-        except DecodeError as error:
-            raise GuestMisbehaved(self.name, f"an exit is no message: {error}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
@@ -15,6 +16,8 @@ from vmm.level import Level
 from vmm.vtl import VTL0, VTL1, VpVtl
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, Resolution, Update
+
+Answer = TypeVar("Answer")
 
 _RESUME = vcpu_pb2.ENTER_REASON_RESUME
 
@@ -88,21 +91,45 @@ class Processor:
             Cancelled: the machine is being stopped.
             PeerUnavailable, GuestMisbehaved: see Level.enter.
         """
-        ready, self._ready = self._ready, None
-        if ready is not None:
-            self._gate.wait(self.index, ready)
         vtl = self.vtl.active
-        level = self._guest if vtl == VTL0 else self._require_monitor()
-        self._entered = level
-        kick_first = self._gate.enter(self.index, enter.sequence, vtl)
+        self._entered = self._guest if vtl == VTL0 else self._require_monitor()
         try:
-            return self._enter(level, vtl, enter, kick_first)
+            self._admit(enter, vtl)
+            return self._entered.enter(enter)
         finally:
             self._gate.leave(self.index)
 
+    def _admit(self, enter: Enter, vtl: int) -> None:
+        """Waits until the vCPU may run at that level; it counts as inside from then on."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            self._gate.wait(self.index, ready)
+        kick_first = self._gate.enter(self.index, enter.sequence, vtl)
+        self._prepare(self._entered, vtl, enter, kick_first)
+
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """The next run() waits for that first, unless an interrupt for VTL1 comes or somebody holds the gate."""
+        """The next enter waits for that first, unless an interrupt for VTL1 comes or somebody holds the gate."""
         self._ready = ready
+
+    def drive(self, enter: Enter, serve: Callable[[Exit], Answer | Enter]) -> Answer:
+        """Runs VTL0 from exit to exit, with the enters that `serve` gives, until it gives something else.
+
+        For machines whose VTL1 is no guest code: VTL0 is always the active level between exits. Raises as run().
+        """
+        endings: list[Answer] = []
+
+        def following(exit_: Exit) -> Enter | None:
+            self._gate.leave(self.index)
+            answer = serve(exit_)
+            if isinstance(answer, Enter):
+                self._admit(answer, VTL0)
+                return answer
+            endings.append(answer)
+            return None
+
+        self._admit(enter, VTL0)
+        self._guest.drive(enter, following)
+        return endings[0]
 
     def settle(self) -> Exit:
         """Has VTL0 apply what waits for it while VTL1 is active: it exits again before it runs an instruction.
@@ -115,7 +142,8 @@ class Processor:
         self.resumed += 1
         resolution, self.suspended[VTL0] = self.suspended[VTL0], None
         enter = Enter(vp_index=self.index, sequence=self.resumed, reason=_RESUME, resolution=resolution)
-        return self._enter(self._guest, VTL0, enter, True)
+        self._prepare(self._guest, VTL0, enter, True)
+        return self._guest.enter(enter)
 
     @property
     def settled(self) -> bool:
@@ -124,15 +152,15 @@ class Processor:
         ended = resolution is None or resolution.action == vcpu_pb2.ACTION_RETRY
         return ended and not self._pending
 
-    def _enter(self, level: Level, vtl: int, enter: Enter, kick_first: bool) -> Exit:
-        pending = self._waiting_for(vtl)
+    def _prepare(self, level: Level, vtl: int, enter: Enter, kick_first: bool) -> None:
+        """Puts what waits into an enter that is about to leave."""
+        pending = self._pending_upper if vtl else self._pending
         if pending:
             with self._lock:
                 enter.updates.extend(pending)
                 pending.clear()
         if kick_first:
             level.kick(self.index, enter.sequence)
-        return level.enter(enter)
 
     def kick(self, sequence: int) -> bool:
         """Makes the enter that is being run exit soon."""

@@ -21,7 +21,10 @@ _log = logging.getLogger(__name__)
 def run(board: Board, processor: Processor) -> Ending:
     """Runs a vCPU until the machine ends, is reset, or is told to stop. Never raises."""
     try:
-        answer: Answer = processor.resume()
+        first = processor.resume()
+        if not board.guest_code:
+            return processor.drive(first, lambda exit_: serve(board, processor, exit_))
+        answer: Answer = first
         while isinstance(answer, Enter):
             exit_ = processor.run(answer)
             answer = serve(board, processor, exit_)

@@ -148,5 +148,90 @@ def test_hanging_up_ends_a_wait(make_level: Callable[..., RemoteLevel], toy: Toy
     assert len(seen) == 1
 
 
+def counting(
+    last: int, seen: list[int], before: Callable[[int], object] = lambda _number: None
+) -> Callable[[Exit], Enter | None]:
+    """Enters up to number `last`; calls `before` with the number of each exit."""
+
+    def answer(exit_: Exit) -> Enter | None:
+        seen.append(exit_.sequence)
+        before(exit_.sequence)
+        return Enter(sequence=exit_.sequence + 1) if exit_.sequence < last else None
+
+    return answer
+
+
+def test_driving_goes_from_exit_to_exit(make_level: Callable[..., RemoteLevel], toy: Toy) -> None:
+    level, seen = make_level(), list[int]()
+    level.drive(Enter(sequence=1), counting(100, seen))
+    assert seen == toy.executed == list(range(1, 101))
+    level.drive(Enter(sequence=101), counting(102, seen))
+    assert toy.executed == list(range(1, 103))
+
+
+@pytest.mark.parametrize("fault", ["lost answer", "ends"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_broken_stream_is_driven_on(make_level: Callable[..., RemoteLevel], toy: Toy, fault: str, at: int) -> None:
+    level, seen = make_level(), list[int]()
+    toy.faults += [fault] * (at == 0)
+    level.drive(Enter(sequence=1), counting(5, seen, lambda number: toy.faults.extend([fault] * (number == at))))
+    assert seen == toy.executed == [1, 2, 3, 4, 5]
+    assert not toy.faults
+
+
+def test_what_serving_raises_comes_out_of_driving(make_level: Callable[..., RemoteLevel], toy: Toy) -> None:
+    level = make_level()
+
+    def broken(_exit: Exit) -> Enter:
+        raise PeerUnavailable("another level", "is gone")  # no reason to repeat the enter
+
+    with pytest.raises(PeerUnavailable, match="another level"):
+        level.drive(Enter(sequence=1), broken)
+    assert toy.executed == [1]
+
+
+@pytest.mark.parametrize("fault", ["large", "other number", "other level"])
+def test_nonsense_is_not_served(make_level: Callable[..., RemoteLevel], toy: Toy, fault: str) -> None:
+    toy.faults.append(fault)
+    seen: list[int] = []
+    with pytest.raises(GuestMisbehaved, match="guest at test"):
+        make_level().drive(Enter(sequence=1), counting(2, seen))
+    assert not seen
+
+
+def test_a_refusal_ends_driving(make_level: Callable[..., RemoteLevel]) -> None:
+    with pytest.raises(Conflict, match="enter 5"):
+        make_level().drive(Enter(sequence=5), counting(5, []))
+
+
+@pytest.mark.parametrize("served", [0, 2])
+def test_hanging_up_ends_driving(make_level: Callable[..., RemoteLevel], toy: Toy, served: int) -> None:
+    level, raised = make_level(), list[Exception]()
+    toy.faults += ["silent"] * (served == 0)
+
+    def drive() -> None:
+        try:
+            level.drive(
+                Enter(sequence=1), counting(9, [], lambda number: toy.faults.extend(["silent"] * (number == served)))
+            )
+        except Cancelled as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    while len(toy.executed) <= served:
+        thread.join(0.01)
+    level.hang_up()
+    thread.join(5)
+    assert len(raised) == 1
+
+
+def test_hanging_up_while_an_exit_is_served(make_level: Callable[..., RemoteLevel], toy: Toy) -> None:
+    level = make_level()
+    with pytest.raises(Cancelled):
+        level.drive(Enter(sequence=1), counting(9, [], lambda number: level.hang_up() if number == 3 else None))
+    assert toy.executed[:3] == [1, 2, 3]
+
+
 def test_a_kick_that_nobody_hears(make_level: Callable[..., RemoteLevel]) -> None:
     assert make_level().kick(0, 1) is False  # the toy does not implement it

@@ -63,6 +63,11 @@ class FakeLevel:
                 self._changed.notify_all()
         return True
 
+    def drive(self, enter: Enter, answer: Callable[[Exit], Enter | None]) -> None:
+        following: Enter | None = enter
+        while following is not None:
+            following = answer(self.enter(following))
+
     def enter(self, enter: Enter) -> Exit:
         copy = Enter()
         copy.CopyFrom(enter)
