@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from vtlab.v1.vcpu_pb2 import PendingEvent, Update
+from vtlab.v1.vcpu_pb2 import IrqLine, PendingEvent, Update
 
 ECHO_PORTS = range(0xE0, 0xE4)
 LINE_PORTS = range(0x2000, 0x2018)
+_ISA_LINES = 16  # nothing is wired to the others
 
 
 class TestDevice:
@@ -27,8 +28,8 @@ class TestDevice:
 
     def write(self, port: int, size: int, value: int) -> tuple[Update, ...]:
         if port in LINE_PORTS:
-            line = port - LINE_PORTS.start
-            return (Update(event=PendingEvent(irq_pulse=line)),) if value else ()
+            line = IrqLine(irq=port - LINE_PORTS.start, asserted=bool(value))
+            return (Update(event=PendingEvent(irq_line=line)),) if line.irq < _ISA_LINES else ()
         start = port - ECHO_PORTS.start
         raw = value.to_bytes(size, "little")[: len(self._echo) - start]
         self._echo[start : start + len(raw)] = raw

@@ -93,6 +93,10 @@ class Resolver:
             if event.irq_pulse > 15:
                 raise errors.BadArgument(f"IRQ {event.irq_pulse}", "is not an ISA line")
             self._core.platform.pulse_irq(event.irq_pulse)
+        elif kind == "irq_line":
+            if event.irq_line.irq > 15:
+                raise errors.BadArgument(f"IRQ {event.irq_line.irq}", "is not an ISA line")
+            self._core.platform.set_irq(event.irq_line.irq, event.irq_line.asserted)
 
     @staticmethod
     def _exception(message: vcpu_pb2.Exception, rip: int) -> Event:

@@ -1038,6 +1038,7 @@ class PendingEvent(_message.Message):
     INTERRUPT_VECTOR_FIELD_NUMBER: _builtins.int
     NMI_FIELD_NUMBER: _builtins.int
     IRQ_PULSE_FIELD_NUMBER: _builtins.int
+    IRQ_LINE_FIELD_NUMBER: _builtins.int
     interrupt_vector: _builtins.int
     """External interrupt, through the local APIC's virtual wire (ExtINT)."""
     nmi: _builtins.bool
@@ -1045,6 +1046,8 @@ class PendingEvent(_message.Message):
     """A line of the interrupt controllers (ISA IRQ number): raised and lowered."""
     @_builtins.property
     def exception(self) -> Global___Exception: ...
+    @_builtins.property
+    def irq_line(self) -> Global___IrqLine: ...
     def __init__(
         self,
         *,
@@ -1052,16 +1055,42 @@ class PendingEvent(_message.Message):
         interrupt_vector: _builtins.int = ...,
         nmi: _builtins.bool = ...,
         irq_pulse: _builtins.int = ...,
+        irq_line: Global___IrqLine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["exception", "interrupt_vector", "nmi", "irq_pulse"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["exception", "interrupt_vector", "nmi", "irq_pulse", "irq_line"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PendingEvent: _TypeAlias = PendingEvent  # noqa: Y015
+
+@_typing.final
+class IrqLine(_message.Message):
+    """Sets a line of the interrupt controllers, which keeps its level."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IRQ_FIELD_NUMBER: _builtins.int
+    ASSERTED_FIELD_NUMBER: _builtins.int
+    irq: _builtins.int
+    """ISA IRQ number, 0 to 15."""
+    asserted: _builtins.bool
+    def __init__(
+        self,
+        *,
+        irq: _builtins.int = ...,
+        asserted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asserted", b"asserted", "irq", b"irq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IrqLine: _TypeAlias = IrqLine  # noqa: Y015
 
 @_typing.final
 class SynicMessage(_message.Message):

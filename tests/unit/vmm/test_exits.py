@@ -168,8 +168,10 @@ def test_the_test_device(board: Board) -> None:
     enter_of(board, Exit(port=PortAccess(port=0xE0, size=4, write=True, value=0x12345678)))
     assert enter_of(board, Exit(port=PortAccess(port=0xE1, size=2))).resolution.value == 0x3456
     enter = enter_of(board, Exit(port=PortAccess(port=0x2003, size=1, write=True, value=1)))
-    assert enter.updates[0].event.irq_pulse == 3
-    assert not enter_of(board, Exit(port=PortAccess(port=0x2003, size=1, write=True, value=0))).updates
+    assert (enter.updates[0].event.irq_line.irq, enter.updates[0].event.irq_line.asserted) == (3, True)
+    enter = enter_of(board, Exit(port=PortAccess(port=0x2003, size=1, write=True, value=0)))
+    assert (enter.updates[0].event.irq_line.irq, enter.updates[0].event.irq_line.asserted) == (3, False)
+    assert not enter_of(board, Exit(port=PortAccess(port=0x2017, size=1, write=True, value=1))).updates
 
 
 def test_discovery(board: Board) -> None:

@@ -221,6 +221,11 @@ class Platform:
             self.lines.set(irq, True)
             self.lines.set(irq, False)
 
+    def set_irq(self, irq: int, level: bool) -> None:
+        """Sets an ISA interrupt line, 0 to 15."""
+        with self._guard:
+            self.lines.set(irq, level)
+
     def next_deadline(self) -> float | None:
         """Clock.now() of the next timer event."""
         with self._guard:
