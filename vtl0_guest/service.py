@@ -27,8 +27,12 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
     def Run(
         self, request_iterator: Iterator[vcpu_pb2.RunRequest], context: grpc.ServicerContext
     ) -> Iterator[vcpu_pb2.RunResponse]:
-        for exit_ in self._guest.run(request.enter for request in request_iterator):
-            yield vcpu_pb2.RunResponse(exit=exit_)
+        answer = None
+        for request in request_iterator:
+            enter = request.enter
+            if answer is None:
+                answer = self._guest.stream(enter.vp_index)
+            yield vcpu_pb2.RunResponse(exit=answer(enter))
 
     def Kick(self, request: vcpu_pb2.KickRequest, context: grpc.ServicerContext) -> vcpu_pb2.KickResponse:
         return vcpu_pb2.KickResponse(running=self._guest.kick(request.vp_index, request.sequence))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from vtlab.errors import BadArgument, Conflict, NotFound, WrongState
 from vtlab.ram import PAGE_SIZE
+from vtlab.session import Execute
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.vcpu import Processor, Vcpu, Wakes
 
@@ -98,12 +99,9 @@ class Guest:
             self._close(self._attached)
             self._attached = None
 
-    def run(self, enters: Iterator[vcpu_pb2.Enter]) -> Iterator[vcpu_pb2.Exit]:
-        """One stream of one vCPU; the first enter says which. See Vcpu.serve for what it raises."""
-        first = next(enters, None)
-        if first is None:
-            return
-        yield from self._vcpu(first.vp_index).serve(_chain(first, enters))
+    def stream(self, vp_index: int) -> Execute:
+        """Begins a stream of a vCPU: see Vcpu.stream. Raises NotFound, WrongState."""
+        return self._vcpu(vp_index).stream()
 
     def kick(self, vp_index: int, sequence: int) -> bool:
         """False if that enter has exited already."""
@@ -145,11 +143,6 @@ class Guest:
         vector = attached.level.pending_vector(vp_index)
         if vector is not None:
             self._wakes.report(vp_index, vector)
-
-
-def _chain(first: vcpu_pb2.Enter, rest: Iterable[vcpu_pb2.Enter]) -> Iterator[vcpu_pb2.Enter]:
-    yield first
-    yield from rest
 
 
 def _check(request: vcpu_pb2.AttachRequest) -> None:

@@ -25,6 +25,7 @@ class Session:
     def __init__(self, name: str, execute: Execute) -> None:
         """Args: `name` is the subject of errors, "vCPU 0 of VTL1"; `execute` runs an enter to its exit."""
         self.running = 0
+        self._last = 0
         self._name = name
         self._execute = execute
         self._lock = threading.Lock()
@@ -34,7 +35,7 @@ class Session:
     @property
     def last(self) -> int:
         """Number of the last enter that was accepted, 0 if none."""
-        return self._enter.sequence if self._enter is not None else 0
+        return self._last
 
     def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Executes the enter, or returns the kept exit of a repeated one. The exit carries the enter's number.
@@ -44,17 +45,18 @@ class Session:
             Whatever `execute` raises; the number is then used up and its repetition is refused too.
         """
         with self._lock:
-            if self._enter is not None and enter.sequence == self._enter.sequence:
+            sequence, last = enter.sequence, self._last
+            if sequence == last and last:
                 return self._kept(enter)
-            if enter.sequence != self.last + 1:
-                raise Conflict(self._name, f"enter {enter.sequence} after enter {self.last}")
+            if sequence != last + 1:
+                raise Conflict(self._name, f"enter {sequence} after enter {last}")
             self._enter, self._exit = enter, None
-            self.running = enter.sequence
+            self._last = self.running = sequence
             try:
                 exit_ = self._execute(enter)
             finally:
                 self.running = 0
-            exit_.sequence = enter.sequence
+            exit_.sequence = sequence
             self._exit = exit_
             return exit_
 

@@ -6,12 +6,12 @@ Both processes that host a core use it (vtl0_guest, and vtl1_monitor for the gue
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Protocol
 
 from vtlab.errors import BadArgument, Conflict, WrongState
-from vtlab.session import Session
+from vtlab.session import Execute, Session
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 
@@ -45,6 +45,7 @@ class Vcpu:
         self._session = Session(self.name, self._execute)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._stopping = 0  # threads in stop()
         self._running = 0
         self._exited = 0
         self._kicked = 0
@@ -55,43 +56,45 @@ class Vcpu:
         """An enter is being executed."""
         return self._running != 0
 
-    def serve(self, enters: Iterable[vcpu_pb2.Enter]) -> Iterator[vcpu_pb2.Exit]:
-        """One stream: yields the exit of each enter. A stream that begins later takes over, and this one ends.
+    def stream(self) -> Execute:
+        """Begins a stream: what answers each of its enters. A stream that begins later takes over, and this one ends.
 
-        Raises:
+        The answering function raises:
             Conflict: another stream took over, or a number is neither the last nor the next.
             BadArgument: an enter is for another vCPU.
         """
         with self._lock:
             self._stream += 1
             stream = self._stream
-        for enter in enters:
+
+        def answer(enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
             if enter.vp_index != self._index:
                 raise BadArgument("vp_index", f"{enter.vp_index} on the stream of {self.name}")
-            self._check(stream)
-            exit_ = self.answer(enter)
-            self._check(stream)
-            yield exit_
+            if stream == self._stream:
+                exit_ = self._session.answer(enter)
+                if stream == self._stream:
+                    return exit_
+            raise Conflict(self.name, "another stream took over")
+
+        return answer
 
     def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Executes an enter, or repeats the exit of one that was executed. Raises as Session.answer()."""
         return self._session.answer(enter)
 
-    def _check(self, stream: int) -> None:
-        if stream != self._stream:
-            raise Conflict(self.name, "another stream took over")
-
     def _execute(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        sequence = enter.sequence
         with self._lock:
-            self._running = enter.sequence
-            if self._kicked == enter.sequence:
+            self._running = sequence
+            if self._kicked == sequence:
                 self._processor.kick()
         try:
             return self._processor.run(enter)
         finally:
-            with self._idle:
-                self._running, self._exited = 0, enter.sequence
-                self._idle.notify_all()
+            with self._lock:
+                self._running, self._exited = 0, sequence
+                if self._stopping:
+                    self._idle.notify_all()
 
     def kick(self, sequence: int) -> bool:
         """Makes that enter exit soon, also if it has not arrived yet. False if it has exited already."""
@@ -108,7 +111,11 @@ class Vcpu:
         with self._idle:
             if self._running:
                 self._processor.kick()
-            return self._idle.wait_for(lambda: not self._running, timeout)
+            self._stopping += 1
+            try:
+                return self._idle.wait_for(lambda: not self._running, timeout)
+            finally:
+                self._stopping -= 1
 
     def state(self) -> registers_pb2.ProcessorState:
         """Raises WrongState while an enter is being executed."""
