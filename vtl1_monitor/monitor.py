@@ -125,8 +125,9 @@ class Monitor:
 
     def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Serves one enter. Raises NotFound for a vCPU that does not exist, WrongState, Conflict."""
-        code = self._guest_code(enter.vp_index)
-        return code.answer(enter) if code is not None else self._session(enter.vp_index).answer(enter)
+        vp_index = enter.vp_index
+        code = self._guest_code(vp_index) if self._code is not None else None
+        return code.answer(enter) if code is not None else self._session(vp_index).answer(enter)
 
     def kick(self, vp_index: int, sequence: int) -> bool:
         """False if that enter has ended. One of the policy personality ends soon by itself: no service waits."""

@@ -148,15 +148,16 @@ class PolicyProcessor:
         pending = self._machine.pending_filter(self._vp_index)
         if pending is not None:
             updates.append(vcpu_pb2.Update(intercepts=pending))
-        others = [index for index in range(len(self._machine.processors)) if index != self._vp_index]
-        stop_all = any(update.HasField("protection") for update in updates) or any(
-            self._machine.lacks_strict_filter(index) for index in others
-        )
-        peers = [
-            vcpu_pb2.PeerUpdate(vp_index=index, update=vcpu_pb2.Update(intercepts=changed))
-            for index in others
-            if (changed := self._machine.pending_filter(index)) is not None
-        ]
+        stop_all, peers = False, []
+        for update in updates:
+            stop_all = stop_all or update.HasField("protection")
+        for index in range(len(self._machine.processors)):
+            if index != self._vp_index:
+                stop_all = stop_all or self._machine.lacks_strict_filter(index)
+                changed = self._machine.pending_filter(index)
+                if changed is not None:
+                    update = vcpu_pb2.Update(intercepts=changed)
+                    peers.append(vcpu_pb2.PeerUpdate(vp_index=index, update=update))
         return vcpu_pb2.Exit(
             vp_index=self._vp_index,
             vtl=VTL,

@@ -40,6 +40,7 @@ HANDLERS: dict[Service, Handler] = {
     Service.PATCH_TEXT: immediate(patch_text),
 }
 
+_BY_NUMBER = {int(service): service for service in Service}
 # Before a policy is taken.
 _WITHOUT_POLICY = frozenset({Service.PING, Service.TAKE_POLICY})
 
@@ -47,10 +48,9 @@ _WITHOUT_POLICY = frozenset({Service.PING, Service.TAKE_POLICY})
 def serve(call: Call) -> Steps:
     """Runs a service, if it may be called now. Raises Refused, GuestFault, ProtectFailed."""
     machine = call.machine
-    try:
-        service = Service(call.service)
-    except ValueError:
-        raise Refused(errno.ENOSYS, "no such service") from None
+    service = _BY_NUMBER.get(call.service)
+    if service is None:
+        raise Refused(errno.ENOSYS, "no such service")
     if not machine.taken and service not in _WITHOUT_POLICY:
         raise Refused(errno.EPERM, "no policy was taken")
     if machine.end_of_boot and service in BOOT_ONLY:
