@@ -42,9 +42,9 @@ Rules = tuple[tuple[Condition, HvStatus], ...]
 
 
 def first_objection(rules: Rules, facts: Facts, request: object) -> HvStatus:
-    """The status of the first row that applies, or SUCCESS."""
+    """The status of the first row that applies, or SUCCESS. A row of SUCCESS is one that the profile does not have."""
     for condition, status in rules:
-        if condition(facts, request):
+        if status and condition(facts, request):
             return status
     return HvStatus.SUCCESS
 
