@@ -140,7 +140,7 @@ class Processor:
         """Makes the present `run` return soon, with KICKED if nothing else comes first. Lost if none is running."""
         self._kicked = True
         self._engine.set_stop()
-        self._core.turns.wake(self._seat, urgent=True)
+        self._core.turns.wake(self._seat)
 
     def wake(self) -> None:
         """An interrupt, INIT or SIPI may have become deliverable."""
@@ -474,6 +474,7 @@ class Processor:
         """NMIs may come again behind this IRET (Intel SDM volume 3, "Handling multiple NMIs")."""
         self._engine.intercept(ExitCode.IRET, False)
         self._iret = self._place()
+        self._turn_over = self._turn_over or self._yields  # who sent it may wait without PAUSE
         return None
 
     def _place(self) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Turns:
     """Fair turns for the runners of one machine. Thread-safe."""
 
     # Seconds after which a turn ends if others are ready; at most twice as long.
-    SLICE = 0.002
+    SLICE = 0.001
     # Slices without anybody waiting after which the time-keeper sleeps.
     _PATIENCE = 20
 
@@ -96,14 +96,14 @@ class Turns:
                     seat.changed.wait()
             seat.place = _Place.OUT
 
-    def wake(self, seat: Seat, urgent: bool = False) -> None:
-        """There may be something to do for that runner. Urgent: others do not finish their slice before it."""
+    def wake(self, seat: Seat) -> None:
+        """There may be something new to do for that runner: others do not finish their slice before it."""
         with self._lock:
             seat.woken = True
             if seat.place is _Place.IDLE:
                 self._queue(seat)
                 self._preempt()
-            elif urgent and seat.place is _Place.READY:
+            elif seat.place is _Place.READY:
                 self._preempt()
 
     def between(self, action: Callable[[], object]) -> None:
