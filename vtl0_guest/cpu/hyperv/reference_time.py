@@ -98,7 +98,8 @@ class ReferenceTime:
     def tsc_page(self, sequence: int, tsc_offset: int) -> bytes:
         """Content of the page for processors whose counter is the host's plus `tsc_offset` (modulo 2**64)."""
         # Rounded so that the page is never ahead of the MSR.
-        signed = tsc_offset - (1 << 64) if tsc_offset >> 63 else tsc_offset
+        wraps = self._clock.tsc() + tsc_offset >> 64
+        signed = tsc_offset - (1 << 64) if wraps else tsc_offset
         return _TSC_PAGE.pack(sequence, 0, self.scale, self.offset + -(signed * self.scale >> 64) - (signed != 0))
 
 

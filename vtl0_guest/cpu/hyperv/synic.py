@@ -81,7 +81,7 @@ class Synic:
 
     def rescan(self) -> None:
         """EOM, or a change after which a queue may move."""
-        if any(self.messages.waiting()):
+        if next(self.messages.waiting(), None) is not None:
             self.due = True
 
     def _vector_ended(self, vector: int) -> None:
