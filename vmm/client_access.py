@@ -122,7 +122,7 @@ def _judged_msr(board: Board, processor: Processor, state: ProcessorState, value
 def _judge(board: Board, processor: Processor, exit_: Exit, subject: str) -> Resolution:
     """VTL1's verdict on a client's write. Raises Refused unless it is COMMIT or REPLACE."""
     if board.guest_code:
-        raise Refused(subject, "VTL1 is the guest's own code, which cannot be asked about a client's write", rule="vtl1")
+        raise Refused(subject, "VTL1 is the guest's own code and cannot be asked about a client's write", rule="vtl1")
     exit_.vp_index, exit_.vtl, exit_.origin = processor.index, VTL0, vcpu_pb2.ORIGIN_CLIENT
     answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_CLIENT_WRITE, intercept=exit_))
     resolution = answer.resolution

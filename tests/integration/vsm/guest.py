@@ -23,7 +23,7 @@ INPUT0, INPUT1, OUTPUT1 = 0x21_0000, 0x21_1000, 0x21_2000
 ASSIST, MESSAGES, IDT = 0x22_0000, 0x22_2000, 0x23_0000
 COPIES, SEEN, RESULT = 0x24_0000, 0x25_0000, 0x26_0000
 GUARDED, SECRET = 0x30_0000, 0x30_1000
-VECTOR = 0x30
+VECTOR, TIMER_VECTOR = 0x30, 0x31
 C = HypercallCode
 
 _CONTEXT = INPUT0 + 16
@@ -129,6 +129,12 @@ CR4_WRITE = f"""
     mov rax, cr4; mov qword ptr [{RESULT + 48}], rax
 """
 
+ARM = 0xA4
+"""RSI of a call that has VTL1 arm a timer; when it fires, VTL1 lets VTL0 go on at its RDI."""
+_ARM = f"lea rdi, [rip + after]; mov esi, {ARM}; call enter; lea rdi, [rip + after]"
+HALTS = f"{_ARM}; cli; stands: hlt; jmp stands; after: mov qword ptr [{RESULT + 64}], 1"
+SPINS = f"{_ARM}; stands: pause; jmp stands; after: mov qword ptr [{RESULT + 64}], 1"
+
 _VTL1 = f"""
     vtl1:
     mov qword ptr [{SEEN}], rbx; mov qword ptr [{SEEN + 8}], r12
@@ -156,6 +162,10 @@ _VTL1 = f"""
     {_set_register(HvRegister.CR_INTERCEPT_CR4_MASK, str(int(Cr4.SMEP)), 0)}
     {_set_register(HvRegister.CR_INTERCEPT_CONTROL, str(int(CrInterceptControl.CR4_WRITE)), 0)}
     mov dword ptr [{SEEN + 44}], eax
+    lea rax, [rip + on_timer]
+    mov word ptr [{IDT + 16 * TIMER_VECTOR}], ax; shr rax, 16
+    mov dword ptr [{IDT + 16 * TIMER_VECTOR + 2}], 0x8e000008
+    mov word ptr [{IDT + 16 * TIMER_VECTOR + 6}], ax
     mov r8d, 0x77; mov ebx, 0xb1b
     mov ecx, 1
     return:
@@ -170,9 +180,22 @@ _VTL1 = f"""
     xor ecx, ecx
     jmp return
     called:
+    cmp rsi, {ARM}
+    jne not_arm
+    {_wrmsr(HvMsr.STIMER0_CONFIG, TIMER_VECTOR << 4 | 1 << 12 | 1 << 3)}
+    mov ecx, {int(HvMsr.TIME_REF_COUNT)}; rdmsr
+    shl rdx, 32; or rax, rdx; add rax, 500000
+    mov rdx, rax; shr rdx, 32
+    mov ecx, {int(HvMsr.STIMER0_COUNT)}; wrmsr
+    not_arm:
     inc r8
     mov ecx, 1
     jmp return
+    on_timer:
+    inc dword ptr [{SEEN + 64}]
+    {_set_register(r.REGISTER_NAME_RIP, "rdi", 0x10)}
+    mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr
+    iretq
     handler:
     push rsi; push rdi
     mov edi, dword ptr [{COPIES - 8}]

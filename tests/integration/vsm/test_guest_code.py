@@ -100,3 +100,10 @@ def test_vtl1_denies_a_write_of_cr4(run: Run) -> None:
 def test_a_second_call_goes_on_behind_the_return(run: Run) -> None:
     machine = run(f"mov r8d, 5; call enter; mov qword ptr [{guest.RESULT + 56}], r8")
     assert words(machine, guest.RESULT + 56, 1) == (6,)
+
+
+@pytest.mark.parametrize("body", [guest.HALTS, guest.SPINS], ids=["halts", "spins"])
+def test_an_interrupt_of_vtl1_preempts_vtl0(run: Run, body: str) -> None:
+    machine = run(body)
+    assert words(machine, guest.RESULT + 64, 1) == (1,)
+    assert words(machine, guest.SEEN + 64, 1) == (1,)

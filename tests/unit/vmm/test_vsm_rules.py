@@ -128,7 +128,8 @@ def test_events_that_no_exception_is(value: int) -> None:
 
 
 def test_a_mask_of_zero_watches_nothing() -> None:
-    levels = VpVtl(cr_intercepts={HvRegister.CR_INTERCEPT_CONTROL: CONTROL_BITS})
+    levels = VpVtl()
+    levels.cr_intercepts[HvRegister.CR_INTERCEPT_CONTROL] = CONTROL_BITS
     found = intercept_filter(levels)
     assert (found.cr0_mask, found.cr4_mask, found.efer_mask) == (0, 0, 2**64 - 1)
     assert found.gdtr_writes
