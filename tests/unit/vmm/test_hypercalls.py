@@ -53,6 +53,7 @@ def call(
         board.memory.write(gpa, data, vtl=1)
     request = Request(value, gpa, output, 0, True)
     result = HYPERCALLS.serve(board, board.processors[0], vtl, Exit(hypercall=Hypercall()), request)
+    assert result is not None, "the caller was told to make the call again"
     assert result & ~(0xFFFF | 0xFFF << 32) == 0
     return S(result & 0xFFFF), result >> 32
 
@@ -448,3 +449,41 @@ def test_layouts_round_trip(kind: Callable[..., EnablePartitionVtlInput]) -> Non
     fields = len(kind.__annotations__)
     value = kind(*range(1, fields + 1))
     assert type(value).decode(value.encode()) == value
+
+
+def test_a_flush_waits_for_the_lock_of_vtl1(enabled: Board) -> None:
+    """The call is made again until VTL1 lets go; a level above the lock does not wait."""
+    data = struct.pack("<QQQ", 0, 1, 0)
+    enabled.memory.write(INPUT, data, vtl=1)
+    request = Request(simple(C.FLUSH_VIRTUAL_ADDRESS_SPACE), INPUT, 0, 0, True)
+    processor = enabled.processors[0]
+    processor.vtl.secure_config = 2
+    assert HYPERCALLS.serve(enabled, processor, 0, Exit(hypercall=Hypercall()), request) is None
+    assert HYPERCALLS.serve(enabled, processor, 1, Exit(hypercall=Hypercall()), request) == S.SUCCESS
+    assert processor.vtl.release_tlb_lock()
+    assert HYPERCALLS.serve(enabled, processor, 0, Exit(hypercall=Hypercall()), request) == S.SUCCESS
+    assert processor._pending[-1].HasField("flush_translations")
+
+
+def test_fast_output_goes_to_xmm_registers(board: Board) -> None:
+    """After one name (20 bytes of input, so from byte 32): XMM1."""
+    value = rep(C.GET_VP_REGISTERS, 1) | 1 << 16
+    low, high = struct.unpack("<QQ", VpHeader(PARTITION_SELF, VP_SELF, 0).encode())
+    xmm = int(HvRegister.VSM_CODE_PAGE_OFFSETS).to_bytes(4, "little").ljust(96, b"\0")
+    result = HYPERCALLS.serve(
+        board, board.processors[0], 0, Exit(hypercall=Hypercall(xmm=xmm)), Request(value, low, high, 0, True)
+    )
+    assert result == 1 << 32
+    register = board.processors[0]._pending[-1].register
+    assert register.name == 0x30001
+    assert int.from_bytes(register.vector, "little") == VTL_CALL_OFFSET | VTL_RETURN_OFFSET << 12
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_fast_calls_end_with_xmm5(board: Board, count: int) -> None:
+    value = rep(C.GET_VP_REGISTERS, count) | 1 << 16
+    low, high = struct.unpack("<QQ", VpHeader(PARTITION_SELF, VP_SELF, 0).encode())
+    names = int(HvRegister.VSM_VP_STATUS).to_bytes(4, "little") * count
+    exit_ = Exit(hypercall=Hypercall(xmm=names.ljust(96, b"\0")))
+    result = HYPERCALLS.serve(board, board.processors[0], 0, exit_, Request(value, low, high, 0, True))
+    assert result == (4 << 32 if count == 4 else S.INVALID_HYPERCALL_INPUT)
