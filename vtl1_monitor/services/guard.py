@@ -1,7 +1,7 @@
 """Guarding from outside: the operator's policy holds at once, on a machine whose guest never asked for VTL1.
 
-What a guest does with TAKE_POLICY, LOCK_REGS and SIGNAL_END_OF_BOOT is done in one step, for the state that the guest is
-in. Nothing is said to the guest.
+What a guest does with TAKE_POLICY, LOCK_REGS and SIGNAL_END_OF_BOOT is done in one step, for the state that the guest
+is in. Nothing is said to the guest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vtlab.x86.registers import Cr0
 def guard(call: Call) -> Steps:
     """Of one vCPU, with its present registers; the first call of a machine takes the policy.
 
-    A vCPU without paging was not started yet, or was reset by INIT: it cannot satisfy the pins now and is held to them by
-    its changes.
+    A vCPU without paging was not started yet, or was reset by INIT: it cannot satisfy the pins now and is held to them
+    by its changes.
 
     Raises:
         Refused: no operator's policy (-ENOENT); a policy that does not fit, or registers that are not as it wants

@@ -84,7 +84,7 @@ def test_a_guest_that_never_ends(program: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cut", "detail"),
-    [(1 << 20, ""), (1000, ": "), (52, ": "), (3, ": format: neither multiboot nor ELF")],
+    [(1 << 20, ""), (1000, ": "), (52, ": "), (3, ": format: no Linux kernel, neither multiboot nor ELF")],
     ids=["whole", "segments cut", "headers cut", "magic cut"],
 )
 def test_truncated_images_are_named(lab: Lab, tmp_path: Path, image: Path, cut: int, detail: str) -> None:
