@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.monitor import kernel_image as image
+from tests.unit.monitor.conftest import POLICY
 from tests.unit.monitor.kernel_image import LOW_PD, NX, PML4, PS, RW, US, A, D, P
 from tests.unit.monitor.vtl0 import Vtl0
 from vtl1_monitor import page_tables
@@ -195,6 +197,32 @@ def test_a_new_address_space(locked: Vtl0) -> None:
     assert result.value == 0
     assert targets(result.returned) == [PML4]
     assert locked.intercept(register_write=cr3).resolution.action == vcpu_pb2.ACTION_DENY
+
+
+def test_every_vcpu_gets_the_filter_of_the_others(tmp_path: Path) -> None:
+    """From the end of boot on all vCPUs are pinned. A filter that lets less pass stops those that run."""
+    vtl0 = Vtl0(tmp_path, image.kernel(), vp_count=3)
+    try:
+        assert vtl0.take_policy(POLICY).value == 0, vtl0.log()
+        returned = vtl0.call(Service.LOCK_REGS).returned
+        assert not returned.peers, "the others may still boot"
+        returned = vtl0.call(Service.SIGNAL_END_OF_BOOT).returned
+        assert [peer.vp_index for peer in returned.peers] == [1, 2]
+        assert all(peer.update.intercepts.cr3_targets == [PML4] for peer in returned.peers)
+        assert all(peer.update.intercepts.cr0_mask for peer in returned.peers)
+        assert returned.stop_all
+        table(vtl0, NEW_ROOT, {511: entry(vtl0, PML4 + 511 * 8), 0: entry(vtl0, PML4)})
+        result = vtl0.call(Service.WRITE_PAGE_TABLE, NEW_ROOT, 0, PageTableOperation.ADD_ROOT)
+        assert result.value == 0, vtl0.log()
+        assert [list(peer.update.intercepts.cr3_targets) for peer in result.returned.peers] == [[NEW_ROOT, PML4]] * 2
+        assert not result.returned.stop_all, "who runs with the old filter exits too often, never too rarely"
+        vtl0.machine.filter_changed()
+        returned = vtl0.call(Service.PING).returned
+        assert len(returned.peers) == 2
+        assert returned.stop_all
+        assert not vtl0.call(Service.PING).returned.peers
+    finally:
+        vtl0.close()
 
 
 def test_an_address_space_with_another_kernel_is_refused(locked: Vtl0) -> None:
