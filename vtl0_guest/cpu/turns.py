@@ -8,10 +8,13 @@ processor idles or spins (PAUSE), when another one becomes ready, or after a sli
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
+
+from vtl0_guest.cpu.level_turns import LevelTurns
 
 
 class Outcome(Enum):
@@ -54,9 +57,15 @@ class Seat:
 
 
 class Turns:
-    """Fair turns for the runners of one machine. Thread-safe."""
+    """Fair turns for the runners of one machine. Thread-safe.
 
-    # Seconds after which a turn ends if others are ready; at most twice as long.
+    Attributes:
+        levels: turns between this level and the other one, where both run guest code.
+    """
+
+    levels: LevelTurns | None = None
+
+    # Seconds after which a turn ends if others are ready.
     SLICE = 0.001
     # Slices without anybody waiting after which the time-keeper sleeps.
     _PATIENCE = 20
@@ -67,7 +76,7 @@ class Turns:
         self._driven = False
         self._running: Seat | None = None
         self._actions: deque[Callable[[], object]] = deque()
-        self._number = 0
+        self._since = 0.0  # time.monotonic() of the present turn's start
         self._ticks = threading.Condition(self._lock)
         self._ticking = False
         self._keeper: threading.Thread | None = None
@@ -117,8 +126,15 @@ class Turns:
             self._act()
             self._stop_driving()
 
+    def preempt(self) -> None:
+        """The present turn ends soon."""
+        with self._lock:
+            self._preempt()
+
     def close(self) -> None:
         """Ends the time-keeper. No runner has a turn any more."""
+        if self.levels is not None:
+            self.levels.close()
         with self._lock:
             self._closed = True
             self._ticks.notify_all()
@@ -158,10 +174,18 @@ class Turns:
         seat.place, seat.woken = _Place.RUNNING, False
         seat.runner.begin_turn(bool(self._ready))
         self._running = seat
-        self._number += 1
+        self._since = time.monotonic()
         self._lock.release()
+        levels = self.levels
         try:
-            outcome = seat.runner.turn()
+            if levels is None:
+                outcome = seat.runner.turn()
+            else:
+                levels.acquire()
+                try:
+                    outcome = seat.runner.turn()
+                finally:
+                    levels.release()
         finally:
             self._lock.acquire()
             self._running = None
@@ -196,7 +220,7 @@ class Turns:
                     self._ticking, quiet = False, 0
                     self._ticks.wait()
                     continue
-                number = self._number
-                self._ticks.wait(self.SLICE)
-                if number == self._number and self._ready:
+                left = self._since + self.SLICE - time.monotonic()
+                if left <= 0 and self._ready:
                     self._preempt()
+                self._ticks.wait(left if left > 0 else self.SLICE)
