@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from vtl0_guest.cpu.control import ControlState
 from vtl0_guest.cpu.devices.bus import MmioDevice, Platform
 from vtl0_guest.cpu.engine import Engine
@@ -9,6 +11,7 @@ from vtl0_guest.cpu.environment import Environment, Seg
 from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
 from vtl0_guest.cpu.hyperv.virtual_processor import Partition, VirtualProcessor
 from vtl0_guest.cpu.intercepts import Intercepts
+from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.x86.registers import Rflags
 
 _TF = int(Rflags.TF)
@@ -48,6 +51,7 @@ class Context:
         self.platform = platform
         self.local_apic = platform.local_apic(vp_index)
         self.hyperv = VirtualProcessor(vp_index, partition, platform)
+        self.hyperv.instant.watch = partial(engine.intercept, ExitCode.RDTSC)
         self.intercepts = Intercepts()
         self.debug = [0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self.shadows = shadows

@@ -190,8 +190,10 @@ class Processor:
             self._engine.intercept(ExitCode.PAUSE, contended)
 
     def turn(self) -> Outcome:
-        runtime = self._context.hyperv.runtime
+        hyperv = self._context.hyperv
+        runtime, instant = hyperv.runtime, hyperv.instant
         runtime.start()
+        instant.begin_turn()
         try:
             operation = None
             enter, self._entering = self._entering, None
@@ -203,7 +205,7 @@ class Processor:
                 if operation is None:
                     if self._idle:
                         return Outcome.IDLE
-                    if self._turn_over:
+                    if self._turn_over and not instant.keeps_turn():
                         return Outcome.OVER
             if self._core.output_waits and self._must_hold(operation):
                 self._held = operation
@@ -303,6 +305,8 @@ class Processor:
         if self._core.shares_state:
             message.shared.CopyFrom(levels.save_shared(self._context))
         self._output_due = False
+        if self._context.hyperv.instant.open and not message.HasField("output"):
+            self._context.hyperv.instant.forget()
         if self._context.hyperv.synic.delivered:
             message.synic_delivered.extend(self._context.hyperv.synic.take_delivered())
         if self._core.output_waits and (self._has_output or message.WhichOneof("reason") in _ENDS):

@@ -34,6 +34,7 @@ class ExitCode(IntEnum):
     GDTR_WRITE = 0x6B
     LDTR_WRITE = 0x6C
     TR_WRITE = 0x6D
+    RDTSC = 0x6E
     RDPMC = 0x6F
     CPUID = 0x72
     RSM = 0x73

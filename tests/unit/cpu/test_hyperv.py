@@ -261,3 +261,50 @@ def test_a_load_is_a_reset(guest: Guest) -> None:
     guest.long_mode(rdmsr(HvMsr.SINT0 + 2) + "mov rbx, rax;" + rdmsr(HvMsr.SIMP) + "vmmcall")
     assert guest.run() == "hypercall"
     assert (guest.exit.registers.rbx, guest.exit.registers.rax) == (1 << 16, 0)
+
+
+def compare(pause: str = "") -> str:
+    """RDX = TIME_REF_COUNT minus the page's time, `pause` between the reads."""
+    page_time = f"rdtsc; shl rdx, 32; or rax, rdx; mul qword ptr [{SIMP + 8}]; add rdx, [{SIMP + 16}]; mov rsi, rdx;"
+    return page_time + pause + rdmsr(HvMsr.TIME_REF_COUNT) + "sub rax, rsi;"
+
+
+def test_clocks_compared_are_read_at_one_instant(guest: Guest) -> None:
+    """After a read of the MSR, the next pair of reads differs by nothing, whatever the host does in between."""
+    setup = wrmsr(HvMsr.REFERENCE_TSC, SIMP | 1) + rdmsr(HvMsr.TIME_REF_COUNT) + "mov r9d, 200;"
+    loop = "l: " + compare() + "or r8, rax; dec r9d; jnz l; mov rax, r8; vmmcall"
+    guest.long_mode(setup + "xor r8d, r8d;" + loop)
+    assert guest.run() == "hypercall"
+    assert guest.exit.registers.rax == 0
+
+
+def test_work_between_the_reads_is_seen(guest: Guest) -> None:
+    """A loop of 50 million rounds is no instant."""
+    setup = wrmsr(HvMsr.REFERENCE_TSC, SIMP | 1) + rdmsr(HvMsr.TIME_REF_COUNT)
+    guest.long_mode(setup + compare("mov ebx, 50000000; w: dec ebx; jnz w;") + "vmmcall")
+    assert guest.run() == "hypercall"
+    assert guest.exit.registers.rax > 50_000
+
+
+def test_a_second_reading_of_the_counter_ends_it(guest: Guest) -> None:
+    """RDTSC and RDTSCP run in the engine again, and the MSR tells the time of its own reading."""
+    setup = wrmsr(HvMsr.REFERENCE_TSC, SIMP | 1) + wrmsr(Msr.TSC_AUX, 77) + rdmsr(HvMsr.TIME_REF_COUNT)
+    guest.long_mode(setup + "rdtscp; mov r8, rcx; rdtsc; rdtsc;" + compare() + "vmmcall")
+    assert guest.run() == "hypercall"
+    assert guest.exit.registers.rax > 0
+    assert guest.exit.registers.r8 == 77
+
+
+def test_an_exit_between_the_reads_ends_it(guest: Guest) -> None:
+    """Another level may run meanwhile, and see a later time."""
+    setup = wrmsr(HvMsr.REFERENCE_TSC, SIMP | 1) + rdmsr(HvMsr.TIME_REF_COUNT)
+    guest.long_mode(setup + compare("vmmcall;") + "vmmcall")
+    guest.run()
+    guest.run()
+    assert guest.exit.registers.rax > 0
+
+
+def test_without_the_page_the_counter_never_exits(guest: Guest) -> None:
+    guest.long_mode(rdmsr(HvMsr.TIME_REF_COUNT) + "rdtsc; vmmcall")
+    assert guest.run() == "hypercall"
+    assert guest.processor.context.hyperv.instant._seen is None

@@ -69,7 +69,7 @@ def _read_icr(vp: VirtualProcessor) -> int:
 TABLE: dict[int, Row] = {
     HvMsr.VP_INDEX: Row(lambda vp: vp.vp_index, None, "read-only"),
     HvMsr.VP_RUNTIME: Row(lambda vp: vp.runtime.value(), None, "read-only, units of 100 ns"),
-    HvMsr.TIME_REF_COUNT: Row(lambda vp: vp.partition.reference.now(), None, "read-only, units of 100 ns"),
+    HvMsr.TIME_REF_COUNT: Row(lambda vp: vp.instant.reference_time(), None, "read-only, units of 100 ns"),
     HvMsr.REFERENCE_TSC: Row(
         lambda vp: vp.partition.tsc_page.msr,
         lambda vp, value: vp.partition.tsc_page.set(value),

@@ -88,8 +88,12 @@ class ReferenceTime:
 
     def now(self) -> int:
         """In units of 100 ns."""
+        return self.at(self._clock.tsc())
+
+    def at(self, counter: int) -> int:
+        """The time at which the host's time-stamp counter has that value."""
         scale, offset = self._formula or self._fix()
-        return (self._clock.tsc() * scale >> 64) + offset
+        return (counter * scale >> 64) + offset
 
     def deadline(self, reference: int) -> float:
         """Clock.now() at which the counter will be `reference`; not before now."""

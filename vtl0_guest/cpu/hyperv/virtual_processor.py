@@ -8,6 +8,7 @@ from vtl0_guest.cpu.devices.apic_registers import Delivery
 from vtl0_guest.cpu.devices.bus import Guard, Platform
 from vtl0_guest.cpu.devices.clock import Clock
 from vtl0_guest.cpu.hyperv.assist_page import AssistPage
+from vtl0_guest.cpu.hyperv.instant import Instant, Round
 from vtl0_guest.cpu.hyperv.pages import GuestMemory
 from vtl0_guest.cpu.hyperv.reference_time import HZ, ReferenceTime, ReferenceTscPage
 from vtl0_guest.cpu.hyperv.synic import Synic
@@ -21,12 +22,14 @@ class Partition:
     Attributes:
         reference: the partition reference time.
         tsc_page: REFERENCE_TSC.
+        turns: which of its processors runs.
     """
 
     def __init__(self, clock: Clock, memory: GuestMemory, vp_count: int, created: float | None = None) -> None:
         self.memory = memory
         self.reference = ReferenceTime(clock, created)
         self.tsc_page = ReferenceTscPage(memory, self.reference, vp_count)
+        self.turns = Round()
 
 
 class Runtime:
@@ -67,6 +70,7 @@ class VirtualProcessor:
         self.synic = Synic(partition.memory, self.apic, self.guard)
         self.assist = AssistPage(partition.memory)
         self.runtime = Runtime(platform.clock)
+        self.instant = Instant(platform.clock, partition.reference, partition.tsc_page, partition.turns)
         self.idle = False
         self.timers = [
             SyntheticTimer(
@@ -105,4 +109,5 @@ class VirtualProcessor:
                 timer.reset()
             self.synic.reset()
             self.assist.reset()
+            self.instant.reset()
             self.idle = False

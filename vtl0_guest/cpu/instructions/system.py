@@ -15,7 +15,7 @@ from vtl0_guest.cpu.instructions.control_registers import require_kernel
 from vtl0_guest.cpu.operation import Operation
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86.paging import is_canonical
-from vtlab.x86.registers import Rflags, Vector
+from vtlab.x86.registers import Msr, Rflags, Vector
 
 _LOW = 0xFFFF_FFFF
 _IF, _VM, _OF = int(Rflags.IF), int(Rflags.VM), 1 << 11
@@ -103,6 +103,17 @@ def software_interrupt(context: Context, instruction: Instruction) -> Event | No
 def undefined(_context: Context, _instruction: Instruction) -> Operation | None:
     """SVM instructions, MONITOR, MWAIT, RSM outside SMM, RDPMC: this processor does not have them."""
     raise undefined_opcode()
+
+
+def rdtsc(context: Context, instruction: Instruction) -> Operation | None:
+    """RDTSC and RDTSCP where hyperv/instant.py wants to know. The engine has checked CR4.TSD."""
+    environment = context.environment
+    counter = context.hyperv.instant.counter() + context.engine.tsc_offset
+    environment.set_gpr(Gpr.RAX, counter & _LOW)
+    environment.set_gpr(Gpr.RDX, counter >> 32 & _LOW)
+    if instruction.mnemonic == Mnemonic.RDTSCP:
+        environment.set_gpr(Gpr.RCX, context.shadows[Msr.TSC_AUX])
+    return None
 
 
 def rdpmc(context: Context, _instruction: Instruction) -> Operation | None:

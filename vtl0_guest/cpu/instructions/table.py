@@ -46,6 +46,7 @@ TABLE: dict[int, Row] = {
     ExitCode.GDTR_WRITE: _row(tables.load_table, Mnemonic.LGDT),
     ExitCode.LDTR_WRITE: _row(tables.load_ldtr, Mnemonic.LLDT),
     ExitCode.TR_WRITE: _row(tables.load_tr, Mnemonic.LTR),
+    ExitCode.RDTSC: _row(system.rdtsc, Mnemonic.RDTSC, Mnemonic.RDTSCP),
     ExitCode.RDPMC: _row(system.rdpmc, Mnemonic.RDPMC),
     ExitCode.CPUID: _row(system.cpuid, Mnemonic.CPUID),
     ExitCode.RSM: _row(system.undefined),
