@@ -10,6 +10,7 @@ from vtl0_guest.cpu import control, descriptors, exits, msrs
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.environment import Gpr, Seg, SegmentState
 from vtl0_guest.cpu.faults import GuestFault
+from vtl0_guest.cpu.hyperv import msrs as synthetic
 from vtl0_guest.cpu.instructions.control_registers import set_cr0
 from vtlab import errors
 from vtlab.v1 import registers_pb2
@@ -118,7 +119,10 @@ def set_segment(context: Context, number: Seg, message: registers_pb2.Segment) -
 
 
 def set_msr(context: Context, index: int, value: int) -> None:
-    """Writes a modelled MSR from outside. Raises BadArgument for one that is not, or a value it refuses."""
+    """Writes a modelled MSR from outside. Raises BadArgument for one that is not, or a value it refuses.
+
+    A value that a synthetic MSR refuses is dropped: a guest can ask for any, by HvCallSetVpRegisters.
+    """
     if not msrs.modelled(context, index):
         raise errors.BadArgument(f"MSR {index:#x}", "is not one that the processor models")
     if index in msrs.READ_ONLY:
@@ -126,6 +130,8 @@ def set_msr(context: Context, index: int, value: int) -> None:
     try:
         msrs.write(context, index, msrs.check(context, index, value))
     except GuestFault:
+        if index in synthetic.TABLE:
+            return
         raise errors.BadArgument(f"MSR {index:#x}", f"refuses the value {value:#x}") from None
 
 

@@ -11,6 +11,7 @@ from tests.waiting import wait_until
 from vtl0_guest.cpu.hyperv import msrs
 from vtlab import errors
 from vtlab.hyperv.msrs import HvMsr
+from vtlab.v1.registers_pb2 import MsrValue
 from vtlab.x86.registers import Msr, Vector
 
 SIMP, SIEFP = 0x210000, 0x211000
@@ -71,6 +72,15 @@ def test_what_is_the_machines_still_exits(guest: Guest, index: int) -> None:
     guest.long_mode(rdmsr(index) + "hlt")
     assert guest.run() == "msr"
     assert guest.exit.msr.index == index
+
+
+@pytest.mark.parametrize(("index", "value"), [(HvMsr.SINT0, 5), (HvMsr.SIMP, RAM_SIZE | 1), (HvMsr.SVERSION, 2)])
+def test_what_they_refuse_from_outside_is_dropped(guest: Guest, index: int, value: int) -> None:
+    """A hypercall can name any value: it must not end the machine."""
+    guest.long_mode("vmmcall;" + rdmsr(index) + "vmmcall")
+    guest.run()
+    assert guest.run(updates=[A.Update(msr=MsrValue(index=index, value=value))]) == "hypercall"
+    assert guest.exit.registers.rax == {HvMsr.SINT0: 1 << 16, HvMsr.SIMP: 0, HvMsr.SVERSION: 1}[HvMsr(index)]
 
 
 def test_user_code_may_not(guest: Guest) -> None:
