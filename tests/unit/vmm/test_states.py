@@ -103,8 +103,12 @@ def test_reset_request_resets_or_stops(
     machine, guest, _ = make_machine(stop_on_reset=stop_on_reset)
     guest.say(Exit(reset_request=ResetRequest(source="0xcf9")))
     machine.start()
-    wait_until(lambda: (machine.describe().state, machine.describe().generation) == (state, generation))
-    assert "0xcf9" in machine.describe().reason
+
+    def ended() -> bool:
+        description = machine.describe()
+        return (description.state, description.generation) == (state, generation) and "0xcf9" in description.reason
+
+    wait_until(ended)
 
 
 class Lifecycle(RuleBasedStateMachine):
