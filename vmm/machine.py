@@ -32,6 +32,7 @@ from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, aft
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
 from vtlab.errors import NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
+from vtlab.ram import create_turn_file
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, ReferenceClock, Update
@@ -93,6 +94,8 @@ class Machine:
             directory.chmod(stat.S_IMODE(directory.stat().st_mode) & stat.S_ISGID | 0o751)
             self._image = self._place_images(images)
             self._memory = Memory(directory, spec.ram_size, self._code_written)
+            if self._guest_code:
+                create_turn_file(directory)
             self._board = self._new_board()
             self._attach()
         except BaseException:

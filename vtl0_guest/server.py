@@ -14,7 +14,7 @@ from vtl0_guest.service import VcpuService
 from vtl0_guest.session import Guest
 from vtlab.channels import ServerConfig, serve
 from vtlab.errors import BadArgument
-from vtlab.ram import Ram, RamFile
+from vtlab.ram import TURN_FILE, Ram, RamFile
 from vtlab.v1 import registers_pb2, vcpu_pb2, vcpu_pb2_grpc
 
 _VTL = 0
@@ -44,7 +44,8 @@ class CoreLevel:
             state = _load(request, folder, self._ram)
             self._platform = build_platform(request.vp_count, request.ram_size)
             self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
-            self._core.shares_state = request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
+            if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
+                self._core.share(folder / TURN_FILE)
             if request.HasField("reference"):
                 clock = request.reference
                 self._core.reference.adopt(clock.scale, clock.offset, clock.tsc_hz)

@@ -8,6 +8,7 @@ policy applies here: who supplied the code decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from vtl0_guest.cpu import levels
 from vtl0_guest.cpu.core import Core
@@ -66,11 +67,11 @@ class GuestCodeProcessor:
 class GuestCode:
     """VTL1 of one machine. Thread-safe."""
 
-    def __init__(self, ram: Ram, vp_count: int, *, local_apic_enabled: bool = False) -> None:
-        """`ram` must outlive it. Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library)."""
+    def __init__(self, ram: Ram, vp_count: int, turn_file: Path, *, local_apic_enabled: bool = False) -> None:
+        """`ram` must outlive it. Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library), OSError."""
         self._platform = build_platform(vp_count, ram.size)
         self._core = Core(ram, vp_count, VTL, self._platform)
-        self._core.shares_state = True
+        self._core.share(turn_file)
         if local_apic_enabled:
             for index in range(vp_count):
                 self._platform.local_apic(index).mmio_write(Register.SVR << 4, 4, _SOFTWARE_ENABLED)

@@ -19,7 +19,7 @@ from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.resolve import resolve
 from vtl1_monitor.policy.text import PolicyText, parse
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, WrongState
-from vtlab.ram import Ram, RamFile
+from vtlab.ram import TURN_FILE, Ram, RamFile
 from vtlab.session import Session
 from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
 from vtlab.vcpu import Wakes
@@ -220,7 +220,8 @@ class Monitor:
 def _guest_code(ram: Ram, request: vcpu_pb2.AttachRequest) -> GuestCode:
     from vtl1_monitor.guest_code import GuestCode  # loads the emulator, which no policy needs
 
-    return GuestCode(ram, request.vp_count, local_apic_enabled=request.local_apic_enabled)
+    turn_file = Path(request.memory_directory) / TURN_FILE
+    return GuestCode(ram, request.vp_count, turn_file, local_apic_enabled=request.local_apic_enabled)
 
 
 def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:

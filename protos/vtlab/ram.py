@@ -50,6 +50,20 @@ def create_ram_files(directory: Path, size: int) -> None:
             os.close(descriptor)
 
 
+# Beside them where both levels run guest code: its lock says which level runs (vtl0_guest.cpu.level_turns).
+TURN_FILE = "turn"
+
+
+def create_turn_file(directory: Path) -> None:
+    """One zero page that both levels may write. Raises FileExistsError."""
+    descriptor = os.open(directory / TURN_FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o666)
+        os.ftruncate(descriptor, PAGE_SIZE)
+    finally:
+        os.close(descriptor)
+
+
 def zero_ram_files(directory: Path, size: int) -> None:
     """Makes every byte of the three files zero, in place: mappings stay valid and see zeros."""
     for file in RamFile:

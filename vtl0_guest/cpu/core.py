@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from vtl0_guest.cpu import hypercall_page, msrs, startup
 from vtl0_guest.cpu.coherence import Coherence
@@ -15,6 +16,7 @@ from vtl0_guest.cpu.engine import Engine, Region
 from vtl0_guest.cpu.faults import NestedFault
 from vtl0_guest.cpu.guest_memory import PhysicalMemory
 from vtl0_guest.cpu.hyperv.virtual_processor import Partition
+from vtl0_guest.cpu.level_turns import LevelTurns
 from vtl0_guest.cpu.nested import (
     ADDRESS,
     EXTRA_BASE,
@@ -134,6 +136,11 @@ class Core:
         platform.on_deadline = self._rearm
         self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
         self._timer.start()
+
+    def share(self, turn_file: Path) -> None:
+        """The other level of each processor runs guest code too, in another process. Raises OSError."""
+        self.shares_state = True
+        self.turns.levels = LevelTurns(turn_file, self.vtl, self.turns.preempt)
 
     def processor(self, vp_index: int) -> Processor:
         """Raises BadArgument for an index that the machine does not have."""

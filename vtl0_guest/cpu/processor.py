@@ -38,6 +38,7 @@ _RIP = layout.RIP // 8
 _MAX_UNSENT = 4096  # bytes of serial output that may wait
 _ENDS = frozenset({"debug_exit", "reset_request", "power_off", "shutdown", "failure"})
 _CARRIERS = _ENDS | {"output"}
+_PROMPT = frozenset({"output", "kicked"})
 _HYPERCALLS = frozenset({Mnemonic.VMCALL, Mnemonic.VMMCALL})
 _PORT_MNEMONICS = frozenset(
     {
@@ -227,8 +228,10 @@ class Processor:
         return self._core.output_waits and self._core.carrier in (None, self._context.vp_index)
 
     def _must_hold(self, operation: Operation) -> bool:
-        """An exit that may end the machine waits while output before it is on its way with another processor's."""
-        return operation.exit.WhichOneof("reason") in _ENDS and not self._has_output and not self._kicked
+        """An exit that may end the machine, or let the other level run, waits while output before it is on its way."""
+        reason = operation.exit.WhichOneof("reason")
+        waits = reason not in _PROMPT if self._core.shares_state else reason in _ENDS
+        return waits and not self._has_output and not self._kicked
 
     def release(self) -> None:
         """What held an exit back may be over."""
