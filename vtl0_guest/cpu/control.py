@@ -17,7 +17,7 @@ CR4_DEFINED = int(
     Cr4.VME | Cr4.PVI | Cr4.TSD | Cr4.DE | Cr4.PSE | Cr4.PAE | Cr4.MCE | Cr4.PGE | Cr4.PCE | Cr4.OSFXSR
     | Cr4.OSXMMEXCPT | Cr4.UMIP | Cr4.FSGSBASE | Cr4.OSXSAVE | Cr4.SMEP | Cr4.SMAP
 )  # fmt: skip
-EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE | Efer.FFXSR)
+EFER_DEFINED = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE | Efer.FFXSR | Efer.AIBRSE)
 XCR0_DEFINED = 0x3  # x87, SSE
 _PE, _NW, _CD, _PG = int(Cr0.PE), int(Cr0.NW), int(Cr0.CD), int(Cr0.PG)
 _PAE = int(Cr4.PAE)

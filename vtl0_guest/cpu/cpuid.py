@@ -12,7 +12,7 @@ from vtlab.x86.paging import PHYSICAL_BITS
 Leaf = tuple[int, int, int, int]
 
 HYPERVISOR_FIRST, HYPERVISOR_LAST = 0x40000000, 0x400000FF
-_MAX_BASIC, _MAX_EXTENDED = 0xD, 0x80000008
+_MAX_BASIC, _MAX_EXTENDED = 0xD, 0x80000021
 SIGNATURE = 0x00800F12  # family 17h, model 1, stepping 2
 _VENDOR = struct.unpack("<3I", b"AuthenticAMD")
 _BRAND = struct.unpack("<12I", b"vtlab virtual processor".ljust(48, b"\0"))
@@ -26,6 +26,10 @@ _LEAF7_ECX = 1 << 2  # UMIP
 _EXTENDED_EDX_OWN = sum(1 << bit for bit in (11, 20, 25, 26, 27, 29))  # SYSCALL NX FFXSR 1G RDTSCP LM
 _EXTENDED_EDX_SHARED = 0x0183F3FF  # bits that repeat leaf 1
 _EXTENDED_ECX = sum(1 << bit for bit in (0, 4, 5, 6, 8))  # LAHF CR8-by-LOCK ABM SSE4A PREFETCH
+# Nothing is speculated here, and a guest that knows it does without costly defences: branch type confusion (BTC_NO),
+# LFENCE serializes, automatic IBRS (EFER.AIBRSE), return stack overflow (SRSO_NO).
+_EXTENDED8_EBX = 1 << 29
+_EXTENDED21_EAX = 1 << 2 | 1 << 8 | 1 << 29
 _CR4_OSXSAVE = 1 << 18
 
 
@@ -47,7 +51,7 @@ def cpuid(leaf: int, subleaf: int, vp_index: int, vp_count: int, cr4: int, apic_
     if leaf == 0x80000001:
         return SIGNATURE, 0, _EXTENDED_ECX, _EXTENDED_EDX_OWN | (edx1 & _EXTENDED_EDX_SHARED)
     if leaf == 0x80000008:
-        return 48 << 8 | PHYSICAL_BITS, 0, vp_count - 1, 0
+        return 48 << 8 | PHYSICAL_BITS, _EXTENDED8_EBX, vp_count - 1, 0
     return _FIXED.get(leaf, (0, 0, 0, 0))
 
 
@@ -58,6 +62,7 @@ _FIXED: dict[int, Leaf] = {
     0x80000003: (_BRAND[4], _BRAND[5], _BRAND[6], _BRAND[7]),
     0x80000004: (_BRAND[8], _BRAND[9], _BRAND[10], _BRAND[11]),
     0x80000007: (0, 0, 0, 1 << 8),  # invariant TSC
+    0x80000021: (_EXTENDED21_EAX, 0, 0, 0),
 }
 
 

@@ -29,7 +29,8 @@ _LOCAL_APIC = frozenset({int(Msr.APIC_BASE), int(Msr.TSC_DEADLINE), *range(0x800
 _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 # Kept as written, without effect: index -> (value after RESET, writable bits).
 _MICROCODE, _MTRR_CAP, _MTRR_DEF, _SYSCFG, _HWCR, _VM_CR = 0x8B, 0xFE, 0x2FF, 0xC0010010, 0xC0010015, Msr.VM_CR
-_MCG_CAP, _MCG_STATUS = 0x179, 0x17A
+_MCG_CAP, _MCG_STATUS, _NB_CFG = 0x179, 0x17A, 0xC001001F
+FIRST_COUNTER, COUNTERS = 0xC0010004, 4
 _ALL = (1 << 64) - 1
 SHADOWS: dict[int, tuple[int, int]] = {
     _MICROCODE: (0, 0),
@@ -42,6 +43,7 @@ SHADOWS: dict[int, tuple[int, int]] = {
     Msr.MISC_ENABLE: (1, _ALL),
     _SYSCFG: (0, 0x7C0000),
     _HWCR: (0, _ALL),
+    _NB_CFG: (0, _ALL),
     # Performance event selects and counters: every AMD64 processor has four; these count nothing.
     **dict.fromkeys(range(0xC0010000, 0xC0010008), (0, _ALL)),
     # SVMDIS and LOCK: virtualization is switched off for good.

@@ -55,6 +55,7 @@ class Efer(IntFlag):
     LMSLE = 1 << 13
     FFXSR = 1 << 14
     TCE = 1 << 15
+    AIBRSE = 1 << 21
 
 
 class Rflags(IntFlag):

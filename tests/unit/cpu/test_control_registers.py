@@ -46,7 +46,8 @@ def runs(guest: Guest, code: str, cpl: int = 0) -> int | None:
         ("mov ecx, 0xc0000082; mov edx, 0x8000; xor eax, eax; wrmsr", True),
         ("mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr", True),
         ("mov ecx, 0xc0010114; xor eax, eax; xor edx, edx; wrmsr", True),
-        ("xor ecx, ecx; rdpmc", True),
+        ("mov ecx, 3; rdpmc", False),
+        ("mov ecx, 4; rdpmc", True),
     ],
 )
 def test_refused_values(guest: Guest, code: str, refused: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from iced_x86 import Instruction, Mnemonic
 
 from vtl0_guest.cpu import cpuid as cpuid_table
-from vtl0_guest.cpu import levels
+from vtl0_guest.cpu import levels, msrs
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import SEGMENTS, effective_offset
 from vtl0_guest.cpu.environment import Gpr
@@ -15,7 +15,7 @@ from vtl0_guest.cpu.instructions.control_registers import require_kernel
 from vtl0_guest.cpu.operation import Operation
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86.paging import is_canonical
-from vtlab.x86.registers import Msr, Rflags, Vector
+from vtlab.x86.registers import Cr4, Msr, Rflags, Vector
 
 _LOW = 0xFFFF_FFFF
 _IF, _VM, _OF = int(Rflags.IF), int(Rflags.VM), 1 << 11
@@ -117,9 +117,17 @@ def rdtsc(context: Context, instruction: Instruction) -> Operation | None:
 
 
 def rdpmc(context: Context, _instruction: Instruction) -> Operation | None:
-    """There are no performance counters: #GP for every index."""
-    require_kernel(context)
-    raise general_protection()
+    """The four counters, which count nothing: what was last written to their MSRs. #GP for every other index."""
+    environment = context.environment
+    if not environment.cr(4) & Cr4.PCE:
+        require_kernel(context)
+    index = environment.gpr(Gpr.RCX) & 0xFFFF_FFFF
+    if index >= msrs.COUNTERS:
+        raise general_protection()
+    value = context.shadows[msrs.FIRST_COUNTER + index]
+    environment.set_gpr(Gpr.RAX, value & 0xFFFF_FFFF)
+    environment.set_gpr(Gpr.RDX, value >> 32 & 0xFFFF)
+    return None
 
 
 def nothing(context: Context, _instruction: Instruction) -> Operation | None:
