@@ -22,6 +22,7 @@ from tests.unit.cpu.machine import (
 from vtl0_guest.cpu import nested
 from vtlab import errors
 from vtlab.ram import RamFile
+from vtlab.v1 import registers_pb2
 
 READ_ONLY = A.PageAccess(read=True, kernel_execute=True, user_execute=True)
 NO_EXECUTE = A.PageAccess(read=True, write=True)
@@ -422,3 +423,20 @@ def test_page_table_root_in_the_cores_own_structures(guest: Guest) -> None:
     assert guest.run() == "memory_fault"
     assert guest.exit.memory_fault.page_walk
     assert guest.exit.memory_fault.unmapped
+
+
+def test_a_block_that_reaches_into_a_page_that_loses_its_execute_right(guest: Guest) -> None:
+    """Blocks of one page are chained, also to one that runs on into the next page: it must not be entered any more."""
+    page = 0x260000
+    start = page + 0xFFC
+    guest.poke(page, assemble(f"l: inc ebx; cmp ebx, 1; jne {start}; jmp {start}", at=page))
+    guest.poke(start, assemble("nop; nop; nop; nop; nop; nop; mov eax, 7; vmmcall", at=start))
+    guest.long_mode(f"xor ebx, ebx; mov eax, {page}; jmp rax")
+    assert guest.run() == "hypercall"
+    again = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_RIP, value=page)
+    for _ in range(3):  # the blocks are chained by now
+        assert guest.run(updates=[A.Update(register=again)]) == "hypercall"
+    guest.protect(page + 0x1000, access=A.PageAccess(read=True, write=True))
+    guest.run(updates=[A.Update(register=again)])
+    assert guest.exit.memory_fault.access == A.ACCESS_KIND_EXECUTE
+    assert guest.exit.memory_fault.gpa >> 12 == (page >> 12) + 1
