@@ -66,8 +66,13 @@ def _run(asked: Arguments) -> int:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
-    """The words that runners look for; then it unwinds like an exception, so that nothing is left running."""
+    """The words that runners look for, and a quick end: they kill a second later.
+
+    Processes of our own end with this one, and remove their folder; a machine elsewhere has to be destroyed.
+    """
     print_error(f"terminating on signal {number}")
+    if not os.environ.get("VTLAB_VMM"):
+        os._exit(0)
     raise SystemExit(0)
 
 
