@@ -9,6 +9,7 @@ import errno
 from itertools import pairwise
 
 from vtl1_monitor import cms, rights
+from vtl1_monitor.machine import Machine
 from vtl1_monitor.module_file import COMPARED, BadModule, expected_sections, split
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.services.call import EKEYREJECTED, Call, Refused
@@ -58,8 +59,12 @@ def free_module_init(call: Call) -> Steps:
     """(token): init memory becomes ordinary, ro_after_init read-only."""
     machine = call.machine
     parts = _module(call)
-    changes = [machine.ordinary(run) for kind, run in parts if kind in _INIT]
-    changes += [Change(run, _READ_ONLY, MODULES) for kind, run in parts if kind is ModuleType.RO_AFTER_INIT]
+    changes = [machine.ordinary(run) for run in _sealed(machine, [run for kind, run in parts if kind in _INIT])]
+    for kind, run in parts:
+        if kind is ModuleType.RO_AFTER_INIT:
+            pieces = machine.memory.pieces(run)
+            writable = [piece for piece, code, _ in pieces if code & rights.STORE_MASK == rights.WRITABLE]
+            changes += [Change(piece, _READ_ONLY, MODULES) for piece in writable]
     yield from protect(machine.memory, changes)
     machine.modules[call.first] = [(kind, run) for kind, run in parts if kind not in _INIT]
     return 0
@@ -69,10 +74,14 @@ def unload_module(call: Call) -> Steps:
     """(token): all memory of the module becomes ordinary."""
     machine = call.machine
     parts = _module(call)
-    owned = [run for _, run in parts if all(owner == MODULES for _, _, owner in machine.memory.pieces(run))]
-    yield from protect(machine.memory, [machine.ordinary(run) for run in owned])
+    yield from protect(machine.memory, [machine.ordinary(run) for run in _sealed(machine, [run for _, run in parts])])
     del machine.modules[call.first]
     return 0
+
+
+def _sealed(machine: Machine, runs: list[Run]) -> list[Run]:
+    """What VTL1 sealed of them for the module. The rest was writable: VTL0 may have made page tables of it since."""
+    return [piece for run in runs for piece, _, owner in machine.memory.pieces(run) if owner == MODULES]
 
 
 def _module(call: Call) -> list[tuple[ModuleType, Run]]:
@@ -86,6 +95,7 @@ def _by_type(call: Call, ranges: list[Range]) -> dict[ModuleType, list[Range]]:
     """The ranges, checked: ordinary memory, disjoint, one file and some code."""
     check_disjoint(ranges)
     result: dict[ModuleType, list[Range]] = {}
+    taken = [run for parts in call.machine.modules.values() for _, run in parts]
     for one in ranges:
         try:
             kind = ModuleType(one.attributes)
@@ -95,6 +105,8 @@ def _by_type(call: Call, ranges: list[Range]) -> dict[ModuleType, list[Range]]:
             raise Refused(errno.EINVAL, f"module range {one.pa:#x} is not page-aligned")
         if not call.machine.is_ordinary(one.run):
             raise Refused(errno.EACCES, f"module range {one.pa:#x}-{one.epa:#x} is not ordinary memory")
+        if any(run.first < one.run.end and one.run.first < run.end for run in taken):
+            raise Refused(errno.EACCES, f"module range {one.pa:#x}-{one.epa:#x} belongs to another module")
         result.setdefault(kind, []).append(one)
     for kind, several in result.items():
         for one, following in pairwise(several):

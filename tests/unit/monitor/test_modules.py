@@ -16,7 +16,8 @@ from tests.unit.monitor.conftest import POLICY
 from tests.unit.monitor.vtl0 import Result, Vtl0
 from vtl1_monitor import cms
 from vtl1_monitor.module_file import BadModule, expected_sections, split
-from vtlab.services import ModuleType, Service
+from vtl1_monitor.rights import GUARDED_TABLE
+from vtlab.services import ModuleType, PageTableOperation, Service
 
 EKEYREJECTED = 129
 FILE, TEXT, RODATA, DATA, LIST = (image.FREE + n * 0x4000 for n in (1, 2, 3, 4, 5))
@@ -336,3 +337,32 @@ def test_no_file_breaks_the_reader(data: st.DataObject) -> None:
 def test_no_bytes_are_a_signature(signature: bytes) -> None:
     with pytest.raises(cms.BadSignature):
         cms.verify(signature, b"data", [keys.signer("module signer")[1]])
+
+
+def test_init_memory_that_became_a_page_table_stays_one(loader: Loader) -> None:
+    """VTL1 sealed it for another purpose since: freeing the module must not hand it to VTL0."""
+    vtl0, page = loader.vtl0, DATA + 0x2000
+    loader.load()
+    for number, kind in enumerate((ModuleType.INIT_DATA, ModuleType.RO_AFTER_INIT)):
+        at = page + number * image.PAGE
+        loader.rows.append((DATA_VA + 0x10000 + number * image.PAGE, at, at + image.PAGE, kind))
+    assert loader.validate().value == 1
+    guard = vtl0.machine.guard
+    assert guard is not None
+    root = vtl0.read(min(guard.roots) * image.PAGE, image.PAGE)
+    for table in (page, page + image.PAGE):
+        vtl0.write(table, root)
+        assert vtl0.call(Service.WRITE_PAGE_TABLE, table, 0, PageTableOperation.ADD_ROOT).value == 0
+    for service in (Service.FREE_MODULE_INIT, Service.UNLOAD_MODULE):
+        assert vtl0.call(service, 1).value == 0
+        for table in (page, page + image.PAGE):
+            assert vtl0.machine.memory.code(table // image.PAGE) == GUARDED_TABLE
+
+
+def test_memory_of_another_module(loader: Loader) -> None:
+    """Else unloading the first would open what is sealed for the second."""
+    loader.load()
+    assert loader.validate().value == 1
+    loader.rows = [(0, FILE, FILE + len(loader.file), ModuleType.ELF), (TEXT_VA, DATA, DATA + 1, ModuleType.TEXT)]
+    pa, count = loader.vtl0.ranges(loader.rows, LIST)
+    assert loader.vtl0.call(Service.VALIDATE_MODULE, pa, count).value == -errno.EACCES
