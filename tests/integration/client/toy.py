@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from vtlab.channels import ServerConfig, serve
-from vtlab.errors import AlreadyExists, BadImage, NotFound, Refused, WrongState
+from vtlab.errors import AlreadyExists, BadImage, NotFound, Refused, Unsupported, WrongState
 from vtlab.v1 import monitor_pb2, monitor_pb2_grpc, registers_pb2, vmm_pb2, vmm_pb2_grpc
 
 # operation -> (states in which it is legal, state after it)
@@ -98,6 +98,9 @@ class ToyVmm(vmm_pb2_grpc.VmmServiceServicer):
 
     def ResumeMachine(self, request: vmm_pb2.ResumeMachineRequest, context: Any) -> Any:
         return vmm_pb2.ResumeMachineResponse(machine=self._move(request.vm, "resume"))
+
+    def GuardMachine(self, request: vmm_pb2.GuardMachineRequest, context: Any) -> Any:
+        raise Unsupported("toy", "has no VTL1")
 
     def StopMachine(self, request: vmm_pb2.StopMachineRequest, context: Any) -> Any:
         return vmm_pb2.StopMachineResponse(machine=self._move(request.vm, "stop", "by the operator"))

@@ -139,7 +139,8 @@ def test_a_mask_of_zero_watches_nothing() -> None:
 
 
 def test_without_control_bits_nothing_is_watched() -> None:
-    masks = dict.fromkeys((HvRegister.CR_INTERCEPT_CR0_MASK, HvRegister.CR_INTERCEPT_CR4_MASK), 2**64 - 1)
+    watched = (HvRegister.CR_INTERCEPT_CR0_MASK, HvRegister.CR_INTERCEPT_CR4_MASK)
+    masks: dict[int, int] = {int(name): 2**64 - 1 for name in watched}
     assert not intercept_filter(VpVtl(cr_intercepts=masks)).ByteSize()
     assert not CONTROL_BITS & CrInterceptControl.LSTAR_READ
 
