@@ -63,7 +63,8 @@ def test_the_kernel_and_all_that_it_is_told() -> None:
     assert memory.data[zero_page + 0x210] == 0xFF
     assert memory.text(memory.word(zero_page + 0x228)) == b"console=ttyS0 quiet"
     address, size = memory.word(zero_page + 0x218), memory.word(zero_page + 0x21C)
-    assert (memory.data[address : address + size], address % 4096) == (b"ramdisk", 0)
+    assert bytes(memory.data[address : address + size]) == b"ramdisk"
+    assert address % 4096 == 0
     assert address >= PREFERRED + (1 << 20), "not where the kernel unpacks itself"
     count = memory.data[zero_page + 0x1E8]
     table = [struct.unpack_from("<QQI", memory.data, zero_page + 0x2D0 + 20 * number) for number in range(count)]
