@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_MODE_32, Uc
 from unicorn.x86_const import UC_CPU_X86_EPYC, UC_X86_INS_OUT
 
-from tests.bench.guest import DEBUG_EXIT_PORT, LOAD, RESULTS, STATUS, FlatImage, assemble
-from tests.bench.vtl import PROTECT_TICKS, ticks
+from tests.bench.guest import DEBUG_EXIT_PORT, LOAD, RESULTS, STATUS, WINDOW, FlatImage, assemble
+from tests.bench.vtl import PAGE_SIZE, PROTECT_TICKS, ticks
 from vtlab.client import Lab, Machine
 from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, START_MODE_PROTECTED
 from vtlab.v1.vmm_pb2 import MACHINE_STATE_STOPPED
@@ -20,10 +20,17 @@ PATIENCE = 60.0  # seconds for one run
 
 @dataclass(frozen=True)
 class Run:
-    """TSC ticks of each round of the body, and of the prologue's sealing calls (0 without)."""
+    """One run of an image.
+
+    Attributes:
+        rounds: TSC ticks of each round of the body.
+        sealing: of the prologue's sealing calls; 0 without.
+        memory: the first page of the window afterwards: what was computed.
+    """
 
     rounds: list[int]
     sealing: int
+    memory: bytes
 
 
 def create(lab: Lab, image: FlatImage, ram: int = RAM, vtl1: bool = False) -> Machine:
@@ -50,9 +57,9 @@ def in_machine(lab: Lab, image: FlatImage, ram: int = RAM, vtl1: bool = False) -
         status = ticks(machine.read_memory(STATUS, 8))[0]
         if status:
             raise RuntimeError(f"the guest met status {status - (status >> 63 << 64)} ({status:#x}) while it set up")
-        return Run(
-            ticks(machine.read_memory(RESULTS, 8 * image.rounds)), ticks(machine.read_memory(PROTECT_TICKS, 8))[0]
-        )
+        rounds = ticks(machine.read_memory(RESULTS, 8 * image.rounds))
+        (sealing,) = ticks(machine.read_memory(PROTECT_TICKS, 8))
+        return Run(rounds, sealing, machine.read_memory(WINDOW, PAGE_SIZE))
 
 
 def on_bare_engine(image: FlatImage, ram: int = RAM) -> Run:
@@ -68,7 +75,8 @@ def on_bare_engine(image: FlatImage, ram: int = RAM) -> Run:
 
     engine.hook_add(UC_HOOK_INSN, out, None, 1, 0, UC_X86_INS_OUT)
     engine.emu_start(image.entry, 0xFFFF_FFFF)
-    return Run(ticks(bytes(engine.mem_read(RESULTS, 8 * image.rounds))), 0)
+    rounds = ticks(bytes(engine.mem_read(RESULTS, 8 * image.rounds)))
+    return Run(rounds, 0, bytes(engine.mem_read(WINDOW, PAGE_SIZE)))
 
 
 def ticks_per_second(seconds: float = 0.2) -> float:
