@@ -28,12 +28,13 @@ def boot(lab: Lab, images: Images) -> Iterator[Callable[..., Machine]]:
     """Starts a machine with variables for the script that its kernel starts (init.sh)."""
     with ExitStack() as stack:
 
-        def start(**variables: object) -> Machine:
+        def start(vp_count: int = 1, **variables: object) -> Machine:
             words = [f"{name}={value}" for name, value in variables.items()]
             machine = stack.enter_context(
                 lab.create(
                     images.kernel,
                     ram=RAM,
+                    vp_count=vp_count,
                     command_line=" ".join(["console=ttyS0", *words]),
                     modules=[images.initrd],
                     stop_on_reset=True,

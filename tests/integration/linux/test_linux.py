@@ -41,9 +41,10 @@ def ask(machine: Machine, text: str) -> tuple[int, str]:
     return int(said.split()[-1]), said.rpartition("init: status")[0]
 
 
-def test_it_boots_counts_and_reboots(boot: Boot) -> None:
-    machine = boot(LOOP=2000)
-    machine.wait_serial("init: started at", timeout=PATIENCE)
+@pytest.mark.parametrize("vp_count", [1, 2])
+def test_it_boots_counts_and_reboots(boot: Boot, vp_count: int) -> None:
+    machine = boot(vp_count, LOOP=2000)
+    machine.wait_serial(re.compile(rf"init: started at [\d.]+ with {vp_count} processors"), timeout=PATIENCE)
     machine.wait_serial(re.compile(r"init: counted to 2000 from [\d.]+ to [\d.]+"), timeout=PATIENCE)
     end = machine.wait_state(STOPPED, timeout=PATIENCE)
     assert "0xcf9" in end.reason
@@ -121,6 +122,23 @@ def test_a_guarded_kernel_cannot_be_made_to_clear_smep_and_lives_on(lab: Lab, bo
     assert machine.registers().registers.cr4 & Cr4.SMEP
     with pytest.raises(Refused):
         machine.set_registers({"cr4": cr4 & ~Cr4.SMEP})
+
+
+def test_cpu_1_goes_and_comes_back_with_pins_in_force(lab: Lab, boot: Boot) -> None:
+    machine = boot(2, LOOP=1, THEN="shell")
+    machine.wait_serial(SHELL, timeout=PATIENCE)
+    lab.policy.set(machine, POLICY.read_text(), POLICY.name)
+    machine.guard()
+    online = "/sys/devices/system/cpu/cpu1/online"
+    assert "1" in command(machine, f"echo 0 > {online}; nproc").split()
+    assert "2" in command(machine, f"echo 1 > {online}; nproc").split()
+    command(machine, "taskset 2 true")
+    for vp_index in (0, 1):
+        state = machine.registers(vp_index)
+        assert state.registers.cr4 & Cr4.SMEP, vp_index
+        with pytest.raises(Refused):
+            machine.set_registers({"cr4": state.registers.cr4 & ~Cr4.SMEP}, vp_index=vp_index)
+    assert not re.search(r"Call Trace|BUG:", command(machine, "dmesg"))
 
 
 def test_the_command_line_guards_what_it_boots(images: Images) -> None:

@@ -324,3 +324,11 @@ def test_no_sequence_of_mmio_breaks_it(steps: list[tuple[int, int, int]]) -> Non
     vector = machine.pending()
     if vector is not None:
         assert machine.take() == vector
+
+
+def test_read_only_bits_of_an_lvt_entry_may_be_written_and_are_not_kept(machine: Machine) -> None:
+    apic = in_x2apic_mode(machine)
+    apic.msr_write(0x835, 0x5700)
+    assert apic.msr_read(0x835) == 0x0700
+    with pytest.raises(GeneralProtection):
+        apic.msr_write(0x835, 1 << 20)

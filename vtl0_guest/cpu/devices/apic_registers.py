@@ -87,7 +87,9 @@ _X2APIC: dict[int, tuple[bool, int | None]] = {
     Register.TIMER_DIVIDE: (True, 0xB),
     Register.SELF_IPI: (False, 0xFF),
 }
-_X2APIC |= {register: (True, mask | 1 << 12) for register, mask in LVT_WRITABLE.items()}
+# Delivery status and remote IRR are read-only, not reserved: a write may have them set.
+_READ_ONLY = 1 << 12 | 1 << 14
+_X2APIC |= {register: (True, mask | _READ_ONLY) for register, mask in LVT_WRITABLE.items()}
 _X2APIC |= {first + number: (True, None) for first in (Register.ISR, Register.TMR, Register.IRR) for number in range(8)}
 
 
