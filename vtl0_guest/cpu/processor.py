@@ -441,9 +441,14 @@ class Processor:
         return decode(bitness, code), code
 
     def _retry_stale(self, instruction: Instruction) -> Operation | None:
-        """The engine ran other bytes than memory holds: flush and run again, once at the same place."""
+        """The engine ran other bytes than memory holds: flush and run again, once at the same place.
+
+        If they are the same, the engine took an instruction that does not exist, as one with LOCK that may not have it.
+        """
         place = (self._environment.rip, self._engine.detail)
         if self._retried == place:
+            if instruction.is_invalid:
+                raise undefined_opcode()
             raise CannotEmulate(f"{instruction} at {place[0]:#x} cannot be the cause of exit {place[1]:#x}")
         self._retried = place
         self._engine.flush_code()

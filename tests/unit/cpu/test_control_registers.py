@@ -11,7 +11,7 @@ from vtlab.v1 import registers_pb2
 from vtlab.x86.registers import Cr0, Cr4, Efer, Msr
 
 R = registers_pb2
-GENERAL_PROTECTION = 13
+UNDEFINED_OPCODE, GENERAL_PROTECTION = 6, 13
 
 
 def runs(guest: Guest, code: str, cpl: int = 0) -> int | None:
@@ -382,3 +382,16 @@ def test_state_round_trip(guest: Guest) -> None:
     assert state() == before
     assert before.registers.r13 == 77
     assert before.registers.rsp == STACK
+
+
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize(
+    "code",
+    ["0f22c0", "0f06", "0f01f0", "0f0110", "0f00c0", "0f30", "0fa2", "0f33", "cd80", "cc", "ec", "e680", "6f"],
+)
+def test_lock_prefix_is_undefined(guest: Guest, cpl: int, code: str) -> None:
+    """The engine runs them without a look at the prefix; above CPL0 its own check of privilege may come first."""
+    guest.long_mode(bytes.fromhex("f0" + code), cpl=cpl)
+    assert guest.run() == "hypercall", guest.exit
+    assert guest.vector == UNDEFINED_OPCODE or (cpl and guest.vector == GENERAL_PROTECTION)
+    assert guest.frame(1 + (guest.vector == GENERAL_PROTECTION))[-1] == CODE
