@@ -85,7 +85,7 @@ def _identify(image: bytes, target: Target) -> tuple[int, Any]:
 def _parse(layout: Any, image: bytes, offset: int, field: str, target: Target) -> Any:
     try:
         return struct_parse(layout, BytesIO(image), offset)
-    except ELFError:
+    except (ELFError, OverflowError):  # an offset from 2**63 up is no position of a file at all
         raise target.bad(f"{field}: the file ends inside it") from None
 
 

@@ -46,7 +46,7 @@ class Symbols:
                 self._read(ELFFile(stream))
         except OSError as error:
             raise BadImage(str(image), error.strerror or str(error)) from None
-        except ELFError as error:
+        except (ELFError, OverflowError) as error:
             raise BadImage(str(image), str(error)) from None
 
     def _read(self, elf: ELFFile) -> None:

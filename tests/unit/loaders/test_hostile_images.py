@@ -53,6 +53,7 @@ def patched(image: bytes, offset: int, layout: str, value: int) -> bytes:
         (simple(machine=40), "e_machine: EM_ARM"),
         (simple(entry=0x200000), "e_entry: 0x200000"),
         (patched(simple(), 28, "<I", 0xFFFFFFF0), "segment 0"),
+        (patched(simple(bits=64), 39, "<B", 0x80), "segment 0"),  # e_phoff from 2**63 up
         (patched(simple(), 42, "<H", 4), "e_phentsize"),
         (patched(simple(), 44, "<H", 0xFFFF), "e_phnum"),
         (patched(simple(), 44, "<H", 0), "e_phnum: no segment"),
