@@ -18,8 +18,8 @@ from vtl0_guest.cpu.hyperv.reference_time import ReferenceTime, ReferenceTscPage
 
 # Seconds of this process's CPU time that may lie between the reads; what the host takes away is not in it.
 CPU_TIME = 0.005
-# Exits for which a turn goes on that ends between the reads.
-_PATIENCE = 2
+# Exits for which a turn goes on that ends between the reads: being asked to end is an exit too, and may repeat.
+_PATIENCE = 8
 
 
 class Round:
