@@ -9,6 +9,7 @@ meanwhile: nobody has seen a later time, so the clock goes backwards for nobody.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from vtl0_guest.cpu.devices.clock import Clock
 from vtl0_guest.cpu.hyperv.reference_time import ReferenceTime, ReferenceTscPage
 
-# Seconds of this process's CPU time that may lie between the reads; what the host takes away is not in it.
+# Seconds of CPU time that may lie between the reads; what the host takes away is not in it.
 CPU_TIME = 0.005
 # Exits for which a turn goes on that ends between the reads: being asked to end is an exit too, and may repeat.
 _PATIENCE = 8
@@ -38,7 +39,15 @@ class Round:
 class _Seen(NamedTuple):
     counter: int
     changes: int
-    cpu_time: float
+    thread: int
+    thread_time: float
+    process_time: float
+
+    def cpu_time(self) -> float:
+        """Seconds since: of the thread that runs the processor, of the whole process if that changed."""
+        if self.thread == threading.get_ident():
+            return time.thread_time() - self.thread_time
+        return time.process_time() - self.process_time
 
 
 class Instant:
@@ -62,7 +71,7 @@ class Instant:
         seen, self._seen = self._seen, None
         if self._page.enabled:
             self.watch(True)
-        if seen is None or seen.changes != self._turns.changes or time.process_time() - seen.cpu_time > CPU_TIME:
+        if seen is None or seen.changes != self._turns.changes or seen.cpu_time() > CPU_TIME:
             return self._reference.now()
         return self._reference.at(seen.counter)
 
@@ -70,7 +79,9 @@ class Instant:
         """The guest reads its time-stamp counter, and exits: the host's value. A second one in a row is the last."""
         counter = self._clock.tsc()
         if self._seen is None:
-            self._seen = _Seen(counter, self._turns.changes, time.process_time())
+            self._seen = _Seen(
+                counter, self._turns.changes, threading.get_ident(), time.thread_time(), time.process_time()
+            )
             self._patience = _PATIENCE
         else:
             self._seen = None
