@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from vtlab.client import Lab, Machine
+
+# How long an example takes says more of the machine than of the code: no example has a deadline.
+settings.register_profile("vtlab", deadline=None)
+settings.load_profile("vtlab")
 
 
 @pytest.fixture(scope="session")
