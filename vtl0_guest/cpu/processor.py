@@ -347,7 +347,12 @@ class Processor:
             self._kicked = False
             self._engine.clear_stop()
             return Operation(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
-        if self._core.output_waits and self._has_output and (self._output_due or platform.serial.unsent > _MAX_UNSENT):
+        if (
+            self._core.output_waits
+            and self._has_output
+            and (self._output_due or platform.serial.unsent > _MAX_UNSENT)
+            and not context.hyperv.instant.keeps_turn()
+        ):
             return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
         if context.trap_pending:
             context.trap_pending = False
