@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from vtlab.v1 import registers_pb2, vcpu_pb2, vcpu_pb2_grpc
 
 _VTL = 0
 _PARTY = "vtl0"
+# Seconds after which a thread that wants to run Python gets its turn. Python's 5 ms would be the delay of every timer
+# while the processors spin.
+_SWITCH_INTERVAL = 0.0002
 
 
 class CoreLevel:
@@ -88,6 +92,7 @@ def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_
 
 def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     guest = Guest(CoreLevel)
     server = serve(
         config, lambda grpc_server: vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(VcpuService(guest), grpc_server)
