@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vtl0_guest.cpu import levels
 from vtl0_guest.cpu.core import Core
 from vtl0_guest.cpu.devices.apic_registers import Register
 from vtl0_guest.cpu.devices.bus import Platform
@@ -42,8 +41,12 @@ class GuestCodeProcessor:
         if enter.reason == vcpu_pb2.ENTER_REASON_INTERRUPT:
             return self._interrupt(enter)
         if enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL:
-            levels.note_entry(self._processor.context, ENTRY_REASON_VTL_CALL, enter.registers)
+            self._note_entry(ENTRY_REASON_VTL_CALL, enter)
         return self._processor.run(enter)
+
+    def _note_entry(self, reason: int, enter: vcpu_pb2.Enter) -> None:
+        assist = self._processor.context.hyperv.assist
+        assist.note_entry(reason, enter.registers.rax, enter.registers.rcx)
 
     def _interrupt(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         """Updates first, since one of them may raise the interrupt; nothing runs if none is deliverable then."""
@@ -55,7 +58,7 @@ class GuestCodeProcessor:
         if self._platform.pending_vector(context.vp_index) is None:
             updated.vtl_return.SetInParent()
             return updated
-        levels.note_entry(context, ENTRY_REASON_INTERRUPT, enter.registers)
+        self._note_entry(ENTRY_REASON_INTERRUPT, enter)
         exit_ = self._processor.run(vcpu_pb2.Enter(registers=enter.registers, shared=enter.shared))
         both = [*updated.serial, *exit_.serial], [*updated.synic_delivered, *exit_.synic_delivered]
         del exit_.serial[:], exit_.synic_delivered[:]

@@ -108,9 +108,7 @@ def test_the_assist_page_tells_why_and_gives_what_a_slow_return_loads(upper: Gue
         "; mov ecx, 0x12; vmmcall"
     )
     upper.run()
-    context = upper.processor.context
-    assert levels.assist_page(context) == DATA
-    levels.note_entry(context, 2, registers_pb2.Registers(rax=0xAA, rcx=0xCC))
+    upper.processor.context.hyperv.assist.note_entry(2, 0xAA, 0xCC)
     assert upper.memory[DATA + 8 : DATA + 12] == b"\x02\0\0\0"
     upper.run()
     hypercall = upper.exit.hypercall

@@ -104,18 +104,15 @@ def test_pages_are_zeroed_once_and_need_the_right_to_write(bench: Bench, index: 
 
 def test_assist_page_fields(bench: Bench) -> None:
     assist = bench.vp.assist
-    assist.set_entry_reason(1)
+    assist.note_entry(1, 3, 4)
     assert assist.return_registers() == (0, 0)
     bench.wrmsr(HvMsr.VP_ASSIST_PAGE, ASSIST | 1)
-    assist.set_entry_reason(2)
-    assist.set_vina(True)
-    assert assist.vina
-    assert struct.unpack_from("<IB", bench.memory.data, ASSIST + 8) == (2, 1)
-    bench.memory.write(ASSIST + 16, struct.pack("<QQ", 11, 22))
+    assist.note_entry(2, 11, 22)
+    assert struct.unpack_from("<I4xQQ", bench.memory.data, ASSIST + 8) == (2, 11, 22)
     assert assist.return_registers() == (11, 22)
     bench.memory.read_only.add(ASSIST >> 12)
-    assist.set_entry_reason(1)
-    assert struct.unpack_from("<I", bench.memory.data, ASSIST + 8) == (2,)
+    assist.note_entry(1, 3, 4)
+    assert struct.unpack_from("<I4xQQ", bench.memory.data, ASSIST + 8) == (2, 11, 22)
 
 
 def test_directions(bench: Bench) -> None:
