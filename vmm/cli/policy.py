@@ -43,7 +43,7 @@ def check(
         place = f"{file}:{problem.line}" if problem.line else file
         sys.stderr.write(f"{place}: {problem.key + ': ' if problem.key else ''}{problem.message}\n")
     if not as_json and not answer.problems:
-        sys.stdout.write("".join(f"{rule}\n" for rule in answer.rules))
+        sys.stdout.write("".join(f"{rule}\n" for rule in answer.rules) or f"{file}: no problem found\n")
     return ExitCode.NEGATIVE if answer.problems else ExitCode.OK
 
 

@@ -19,6 +19,11 @@ PAGE_SIZE = 4096
 _WATCHED = (vmm_pb2.EVENT_KIND_STATE, vmm_pb2.EVENT_KIND_SERIAL)
 
 
+def _check_address(name: str, value: int) -> None:
+    if not 0 <= value < 1 << 64:
+        raise BadArgument(name, f"{value:#x} is no 64-bit address")
+
+
 class Machine:
     """A machine of a VMM. As a context manager it destroys the machine at the end.
 
@@ -188,6 +193,7 @@ class Machine:
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Bytes at a guest-physical address, with VTL0's rights. Raises Refused, BadArgument."""
+        _check_address("gpa", gpa)
         data = bytearray()
         while len(data) < size:
             request = vmm_pb2.ReadMemoryRequest(
@@ -201,6 +207,7 @@ class Machine:
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Writes at a guest-physical address, with VTL0's rights. Raises Refused, BadArgument."""
+        _check_address("gpa", gpa)
         for start in range(0, len(data), MEMORY_CHUNK):
             part = data[start : start + MEMORY_CHUNK]
             request = vmm_pb2.WriteMemoryRequest(vm=self.name, gpa=gpa + start, data=part)
@@ -208,6 +215,7 @@ class Machine:
 
     def translate(self, gva: int, vp_index: int = 0) -> vmm_pb2.TranslateResponse:
         """Walks VTL0's page tables for a guest-virtual address."""
+        _check_address("gva", gva)
         request = vmm_pb2.TranslateRequest(vm=self.name, vp_index=vp_index, gva=gva)
         return call(self._peer, self._stub.Translate, request)
 

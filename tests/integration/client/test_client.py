@@ -207,6 +207,15 @@ def test_memory_travels_in_parts(machine: Machine) -> None:
     assert machine.read_memory(0x1000, 0) == b""
 
 
+@pytest.mark.parametrize("address", [-1, 1 << 64])
+def test_an_address_that_is_none_is_named(machine: Machine, address: int) -> None:
+    for use in (lambda: machine.read_memory(address, 8), lambda: machine.write_memory(address, b"x")):
+        with pytest.raises(BadArgument, match="gpa"):
+            use()
+    with pytest.raises(BadArgument, match="gva"):
+        machine.translate(address)
+
+
 def test_virtual_memory_is_read_page_by_page(machine: Machine) -> None:
     machine.write_memory(0x2FFE, b"ab")
     machine.write_memory(0x1000, b"cd")
