@@ -103,7 +103,7 @@ def run_one(lab: Lab, attack: Attack, protected: bool) -> Result:
     evidence, error = None, ""
     verdicts: tuple[str, ...] = ()
     try:
-        with boot(lab, protected) as guest:
+        with boot(lab, protected, attack.vp_count) as guest:
             evidence = attack.run(guest.machine, guest.driver, guest.symbols)
             verdicts = verdicts_on(lab, guest.machine) if protected else ()
     except BROKEN as problem:

@@ -12,6 +12,7 @@ from vtlab.client.driver import Driver, GuestFault, GuestRefusal
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
 from vtlab.errors import Refused
+from vtlab_attacks.guest import Guest
 
 
 class Outcome(Enum):
@@ -66,6 +67,7 @@ class Attack:
         source: who describes it.
         run: does it once, on a machine whose guest is ready.
         impossible_unprotected: why it cannot succeed on a machine without VTL1 either; empty if it can.
+        vp_count: vCPUs that it needs.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Attack:
     source: str
     run: Run
     impossible_unprotected: str = ""
+    vp_count: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,25 @@ class Control:
     name: str
     sentence: str
     run: Run
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A legitimate change in the machine's life, executed by the guest's own code: what an attack may come after.
+
+    Attributes:
+        name, sentence, source: as of Attack.
+        run: makes it happen once. The guest that it returns waits for commands; if it was protected before, it asked
+            for protection again wherever the change lifted it. Evidence.reached: the change was complete; else the
+            guest is broken.
+        vp_count: vCPUs that it needs.
+    """
+
+    name: str
+    sentence: str
+    source: str
+    run: Callable[[Guest], tuple[Guest, Evidence]]
+    vp_count: int = 1
 
 
 class Attempts:

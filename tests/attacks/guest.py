@@ -20,11 +20,12 @@ KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
 
 @dataclass(frozen=True)
 class Guest:
-    """A machine whose guest waits for commands."""
+    """A machine whose guest waits for commands. `protected`: it asks for its own protection at each start."""
 
     machine: Machine
     driver: Driver
     symbols: Symbols
+    protected: bool
 
 
 def _file(name: str) -> Path:
@@ -51,7 +52,7 @@ def modules() -> list[tuple[bytes, str]]:
 
 
 @contextmanager
-def boot(lab: Lab, protected: bool) -> Iterator[Guest]:
+def boot(lab: Lab, protected: bool, vp_count: int = 1) -> Iterator[Guest]:
     """A started machine, destroyed at the end. VTL1 is on offer either way; only a protected guest takes it.
 
     Raises:
@@ -59,8 +60,13 @@ def boot(lab: Lab, protected: bool) -> Iterator[Guest]:
     """
     symbols = kernel_symbols()
     with lab.create(
-        symbols.image, ram=RAM, command_line=f"heki={int(protected)}", modules=modules(), vtl1=True
+        symbols.image,
+        ram=RAM,
+        vp_count=vp_count,
+        command_line=f"heki={int(protected)}",
+        modules=modules(),
+        vtl1=True,
     ) as machine:
         machine.start()
         machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
-        yield Guest(machine, Driver(machine), symbols)
+        yield Guest(machine, Driver(machine), symbols, protected)

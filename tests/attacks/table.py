@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vtlab_attacks import control_registers, controls, execution, kernel_memory, processor_tables, secure_memory
-from vtlab_attacks.evidence import Attack, Control
+from vtlab_attacks.evidence import Attack, Control, Transition
 
 ATTACKS: list[Attack] = [
     *control_registers.ATTACKS,
@@ -13,3 +13,6 @@ ATTACKS: list[Attack] = [
     *secure_memory.ATTACKS,
 ]
 CONTROLS: list[Control] = controls.CONTROLS
+# What may come before an attack, and the attacks on it. The demo leaves them out.
+TRANSITIONS: list[Transition] = []
+TRANSITION_ATTACKS: list[Attack] = []

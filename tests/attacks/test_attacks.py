@@ -23,7 +23,7 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=names)
 def test_blocked_when_protected(lab: Lab, attack: Attack) -> None:
-    with boot(lab, protected=True) as guest:
+    with boot(lab, True, attack.vp_count) as guest:
         evidence = attack.run(guest.machine, guest.driver, guest.symbols)
         guest.driver.ping()
     assert evidence.outcome is Outcome.BLOCKED, evidence
@@ -31,7 +31,7 @@ def test_blocked_when_protected(lab: Lab, attack: Attack) -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=names)
 def test_real_when_unprotected(lab: Lab, attack: Attack) -> None:
-    with boot(lab, protected=False) as guest:
+    with boot(lab, False, attack.vp_count) as guest:
         evidence = attack.run(guest.machine, guest.driver, guest.symbols)
     expected = Outcome.BLOCKED if attack.impossible_unprotected else Outcome.SUCCEEDED
     assert evidence.outcome is expected, evidence
