@@ -239,7 +239,7 @@ class Machine:
                 return
             try:
                 if operation is Operation.GUEST_RESETS:
-                    self._renew()
+                    self._renew(keep=self.spec.keep_memory_on_reset and not board.vtl.zeroes_memory)
                 else:
                     self._stop_threads()
             except VtlabError as error:
@@ -247,11 +247,15 @@ class Machine:
                 return
             self._enter_state(following, ending.reason, ending.debug_exit)
 
-    def _renew(self) -> None:
-        """RESET: protections lifted, VTL1 destroyed, all memory zeroed, the image loaded again, running."""
+    def _renew(self, *, keep: bool = False) -> None:
+        """RESET: protections lifted, VTL1 destroyed, the image loaded again, running. By default memory is zeroed.
+
+        Args:
+            keep: what VTL0 could read stays in RAM.
+        """
         self._stop_threads()
         self._detach()
-        self._memory.reset()
+        self._memory.reset(keep=keep)
         self._generation += 1
         self._board = self._new_board()
         self._attach()

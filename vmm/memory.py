@@ -125,10 +125,21 @@ class Memory:
                 os.close(descriptor)
             self._descriptors.clear()
 
-    def reset(self) -> None:
-        """Lifts every protection and zeroes all three files, private pages included. No vCPU may run."""
+    def reset(self, *, keep: bool = False) -> None:
+        """Lifts every protection and zeroes memory. No vCPU may run.
+
+        Args:
+            keep: what VTL0 could read stays, as RAM that nobody clears; VTL1's pages are zeroed even so.
+        """
         with self._lock:
-            zero_ram_files(self._directory, self.size)
+            if keep:
+                for span in _SAME_STORE.finditer(bytes(self._store)):
+                    old = self._store[span.start()]
+                    if old != WRITABLE:
+                        self._move(span.start(), len(span[0]), old, WRITABLE, reveal=False)
+                zero_ram_files(self._directory, self.size, (RamFile.SEALED, RamFile.PRIVATE))
+            else:
+                zero_ram_files(self._directory, self.size)
             self._store = bytearray(self.pages)
             self._rights = bytearray([ALL_RIGHTS]) * self.pages
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vtlab.hyperv.vsm import FULL_ACCESS, SecureConfig
+from vtlab.hyperv.vsm import FULL_ACCESS, PartitionConfig, SecureConfig
 
 VTL0 = 0
 VTL1 = 1
@@ -75,6 +75,11 @@ class PartitionVtl:
     @property
     def has_mbec(self) -> bool:
         return bool(self.mbec >> VTL1 & 1)
+
+    @property
+    def zeroes_memory(self) -> bool:
+        """VTL1 wants all RAM zeroed by a RESET (ZeroMemoryOnReset)."""
+        return self.has(VTL1) and bool(self.config & PartitionConfig.ZERO_MEMORY_ON_RESET)
 
     @property
     def protections_enabled(self) -> bool:

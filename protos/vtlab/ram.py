@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +65,9 @@ def create_turn_file(directory: Path) -> None:
         os.close(descriptor)
 
 
-def zero_ram_files(directory: Path, size: int) -> None:
-    """Makes every byte of the three files zero, in place: mappings stay valid and see zeros."""
-    for file in RamFile:
+def zero_ram_files(directory: Path, size: int, files: Iterable[RamFile] = RamFile) -> None:
+    """Makes every byte of the files zero, in place: mappings stay valid and see zeros."""
+    for file in files:
         descriptor = os.open(directory / file.value, os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.fstat(descriptor).st_size != size:

@@ -55,6 +55,8 @@ def modules() -> list[tuple[bytes, str]]:
 def boot(lab: Lab, protected: bool, vp_count: int = 1) -> Iterator[Guest]:
     """A started machine, destroyed at the end. VTL1 is on offer either way; only a protected guest takes it.
 
+    Its RAM is a PC's: a RESET does not clear it, unless VTL1 wants that.
+
     Raises:
         TimedOut, WrongState: the guest did not come up; its log is in the message.
     """
@@ -66,6 +68,7 @@ def boot(lab: Lab, protected: bool, vp_count: int = 1) -> Iterator[Guest]:
         command_line=f"heki={int(protected)}",
         modules=modules(),
         vtl1=True,
+        keep_memory_on_reset=True,
     ) as machine:
         machine.start()
         machine.wait_serial(READY, timeout=BOOT_TIMEOUT)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from vtlab_attacks import control_registers, controls, execution, kernel_memory, processor_tables, secure_memory
+from vtlab_attacks import (
+    control_registers,
+    controls,
+    execution,
+    kernel_memory,
+    processor_tables,
+    resets,
+    secure_memory,
+)
 from vtlab_attacks.evidence import Attack, Control, Transition
 
 ATTACKS: list[Attack] = [
@@ -14,5 +22,5 @@ ATTACKS: list[Attack] = [
 ]
 CONTROLS: list[Control] = controls.CONTROLS
 # What may come before an attack, and the attacks on it. The demo leaves them out.
-TRANSITIONS: list[Transition] = []
-TRANSITION_ATTACKS: list[Attack] = []
+TRANSITIONS: list[Transition] = [*resets.TRANSITIONS]
+TRANSITION_ATTACKS: list[Attack] = [*resets.TRANSITION_ATTACKS]

@@ -107,6 +107,7 @@ class Lab:
         devices: Sequence[str] = (),
         personality: vcpu_pb2.Personality.ValueType = vcpu_pb2.PERSONALITY_UNSPECIFIED,
         vsm_profile: str = "",
+        keep_memory_on_reset: bool = False,
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -121,6 +122,7 @@ class Lab:
             stop_on_reset: a triple fault or a reset request ends the machine.
             devices: optional ones (MachineSpec.devices).
             personality: who answers at VTL1: a policy, or code that the guest supplies.
+            keep_memory_on_reset: a RESET by the guest leaves RAM as it is, unless VTL1 wants it zeroed.
             vsm_profile: how VSM answers where its sources disagree (vtlab.hyperv.profiles).
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
@@ -139,6 +141,7 @@ class Lab:
             devices=devices,
             personality=personality,
             vsm_profile=vsm_profile,
+            keep_memory_on_reset=keep_memory_on_reset,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

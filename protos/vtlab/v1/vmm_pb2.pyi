@@ -90,6 +90,7 @@ class MachineSpec(_message.Message):
     PERSONALITY_FIELD_NUMBER: _builtins.int
     VSM_PROFILE_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    KEEP_MEMORY_ON_RESET_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
     vp_count: _builtins.int
@@ -101,6 +102,10 @@ class MachineSpec(_message.Message):
     """Who answers at VTL1."""
     vsm_profile: _builtins.str
     """Where the sources disagree (vtlab.hyperv.profiles): "tlfs", "openvmm" or "kvm"; empty means the default."""
+    keep_memory_on_reset: _builtins.bool
+    """A RESET by the guest leaves in RAM what VTL0 could read, as on a PC, unless VTL1 is enabled and wants it zeroed
+    (ZeroMemoryOnReset, its default). Off: every RESET zeroes RAM. VTL1's pages are zeroed in any case.
+    """
     @_builtins.property
     def image(self) -> _vcpu_pb2.BootImage:
         """SHA-256 of an uploaded image, and how to boot it; `path` is unused."""
@@ -120,10 +125,11 @@ class MachineSpec(_message.Message):
         personality: _vcpu_pb2.Personality.ValueType = ...,
         vsm_profile: _builtins.str = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
+        keep_memory_on_reset: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "image", b"image", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -193,6 +193,22 @@ def test_reset_order(machine_parts: Parts, log: list[str]) -> None:
     assert not enters[-1].updates
 
 
+@pytest.mark.parametrize(("wanted", "enabled", "left"), [(0, 1, 0), (1, 1, 1), (1, 3, 0)])
+def test_ram_outlives_a_reset_only_where_vtl1_has_no_say(
+    machine_parts: Parts, wanted: int, enabled: int, left: int
+) -> None:
+    machine, guest, _ = machine_parts
+    machine.spec.keep_memory_on_reset = bool(wanted)
+    machine.start()
+    with machine.doing(Operation.READ_MEMORY) as board:
+        board.memory.write(0x3000, b"secret")
+        board.vtl.enabled = enabled
+    guest.say(Exit(shutdown=Shutdown(cause="#DF")))
+    wait_until(lambda: machine.describe().generation == 2 and machine.describe().state == RUNNING)
+    with machine.doing(Operation.READ_MEMORY) as board:
+        assert board.memory.read(0x3000, 6) == (b"secret" if left else bytes(6))
+
+
 def test_reset_that_cannot_attach_fails(machine_parts: Parts) -> None:
     machine, guest, _ = machine_parts
     machine.start()

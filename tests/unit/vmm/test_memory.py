@@ -97,6 +97,19 @@ def test_reveal_gives_private_contents_up(memory: Memory, tmp_path: Path) -> Non
     assert in_file(tmp_path, PRIVATE, 5) == bytes(PAGE_SIZE)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_reset_lifts_rights_and_gives_no_private_byte_up(memory: Memory, tmp_path: Path, keep: bool) -> None:
+    for page in (3, 5, 7):
+        memory.write(page * PAGE_SIZE, page_of(page))
+    memory.apply(update(SEALED, READ, 3, 1))
+    memory.apply(update(PRIVATE, 0, 5, 1))
+    memory.reset(keep=keep)
+    kept = [memory.read(page * PAGE_SIZE, PAGE_SIZE) for page in (3, 5, 7)]
+    assert kept == ([page_of(3), bytes(PAGE_SIZE), page_of(7)] if keep else [bytes(PAGE_SIZE)] * 3)
+    assert all(memory.store(page) == WRITABLE for page in range(PAGES))
+    assert not any(in_file(tmp_path, store, page).strip(b"\0") for store in (SEALED, PRIVATE) for page in range(PAGES))
+
+
 def test_long_runs_with_mixed_stores(memory: Memory) -> None:
     for page in range(PAGES):
         memory.write(page * PAGE_SIZE, bytes([page]))

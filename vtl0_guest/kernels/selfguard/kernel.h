@@ -86,6 +86,9 @@ struct boot_module {
 void modules_init(const struct boot_module *list, u64 count);
 s64 load_module(const char *name);
 
+/* reset.c */
+s64 reset_machine(const char *name);
+
 /* text_poke.c */
 s64 text_poke(u64 address, const void *bytes, u64 size);
 

@@ -26,10 +26,12 @@
 #define SYS_MAP 9        /* (address, physical, flags): one page, by the kernel's own rules */
 #define SYS_VTL_CALL 10  /* (service, a, b, c) */
 #define SYS_HYPERCALL 11 /* (control, rdx, r8) */
-#define SYS_COUNT 12
+#define SYS_RESET 12      /* (name, length): does not come back */
+#define SYS_COUNT 13
 
 #define EPERM 1
 #define ENOENT 2
+#define EIO 5
 #define ENOEXEC 8
 #define ENOMEM 12
 #define EFAULT 14

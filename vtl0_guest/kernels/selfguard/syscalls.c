@@ -86,6 +86,15 @@ static s64 sys_module(u64 name, u64 size, u64 c, u64 d) {
     return status < 0 ? status : load_module(text);
 }
 
+static s64 sys_reset(u64 name, u64 size, u64 c, u64 d) {
+    char text[16] = {0};
+    (void)c, (void)d;
+    if (size >= sizeof text)
+        return -EINVAL;
+    s64 status = copy_from_user(text, name, size);
+    return status < 0 ? status : reset_machine(text);
+}
+
 static s64 sys_patch(u64 address, u64 bytes, u64 size, u64 d) {
     u8 code[8];
     (void)d;
@@ -117,6 +126,7 @@ static s64 (*const table[SYS_COUNT])(u64, u64, u64, u64) = {
     [SYS_MODULE] = sys_module,       [SYS_PATCH] = sys_patch,
     [SYS_CONTROL] = sys_control,     [SYS_MAP] = sys_map,
     [SYS_VTL_CALL] = vtl_call,       [SYS_HYPERCALL] = sys_hypercall,
+    [SYS_RESET] = sys_reset,
 };
 
 struct request {

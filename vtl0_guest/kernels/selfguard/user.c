@@ -167,6 +167,11 @@ static void do_control(void) { put_status(system_call(SYS_CONTROL, number(1), nu
 static void do_map(void) { put_status(system_call(SYS_MAP, number(1), number(2), number(3), 0)); }
 static void do_vtl(void) { put_status(system_call(SYS_VTL_CALL, number(1), number(2), number(3), number(4))); }
 
+static void do_reset(void) {
+    const char *way = word_count > 1 ? words[1] : "";
+    put_status(system_call(SYS_RESET, (u64)way, length(way), 0, 0));
+}
+
 static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
 
 static const struct {
@@ -175,7 +180,7 @@ static const struct {
 } commands[] = {
     {"ping", do_ping}, {"read", do_read},     {"write", do_write}, {"copy", do_copy},       {"call", do_call}, {"user", do_user},
     {"ticks", do_ticks}, {"module", do_module}, {"patch", do_patch}, {"control", do_control}, {"map", do_map},   {"vtl", do_vtl},
-    {"hypercall", do_hypercall},
+    {"hypercall", do_hypercall}, {"reset", do_reset},
 };
 
 static void split(void) {
