@@ -212,6 +212,15 @@ class Machine:
         """The change that makes pages memory that no rule names."""
         return Change(run, self.default_code, self.rules.default_name)
 
+    def by_rules(self, gfn: int) -> Change:
+        """The change that makes a page what the last rule that names it says, or ordinary if none does."""
+        run = Run(gfn, 1)
+        for rule in reversed(self.rules.memory):
+            in_force = rule.phase is Phase.LOCK or self.end_of_boot
+            if in_force and rule.run.first <= gfn < rule.run.end:
+                return Change(run, rule.code, rule.name)
+        return self.ordinary(run)
+
     def is_ordinary(self, run: Run) -> bool:
         """True if VTL0 may write the pages and no named rule covers one of them."""
         codes = self.memory.codes_in(run)

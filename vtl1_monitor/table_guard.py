@@ -6,7 +6,7 @@ Methods that need protections changed are generators: they yield Protect and get
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 from vtl1_monitor import page_tables, rights
 from vtl1_monitor.memory import GuestFault, GuestMemory
@@ -25,13 +25,17 @@ class Busy(Exception):
 
 
 class TableGuard:
-    """Attributes: `levels`: guarded page -> its levels; `roots`: page numbers that may be loaded into CR3."""
+    """Attributes: `levels`: guarded page -> its levels; `roots`: page numbers that may be loaded into CR3.
 
-    def __init__(self, memory: GuestMemory, default_code: int, default_owner: str) -> None:
+    Args:
+        by_rules: the change that makes a page what the policy has for it, for pages that are no tables any more.
+    """
+
+    def __init__(self, memory: GuestMemory, by_rules: Callable[[int], Change]) -> None:
         self.levels: dict[int, frozenset[int]] = {}
         self.roots: set[int] = set()
         self._memory = memory
-        self._default = (default_code, default_owner)
+        self._by_rules = by_rules
         self._references: Counter[int] = Counter()
 
     @property
@@ -123,8 +127,7 @@ class TableGuard:
         yield from protect(self._memory, changes)
 
     def _open(self, pages: Iterable[int]) -> Generator[Protect, int, None]:
-        code, owner = self._default
-        yield from protect(self._memory, [Change(run, code, owner) for run in rights.runs_of(pages)])
+        yield from protect(self._memory, [self._by_rules(gfn) for gfn in pages])
 
     def _adopt(self, found: dict[int, frozenset[int]]) -> None:
         for gfn, levels in found.items():

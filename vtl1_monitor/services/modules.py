@@ -103,6 +103,8 @@ def _by_type(call: Call, ranges: list[Range]) -> dict[ModuleType, list[Range]]:
             raise Refused(errno.EINVAL, f"module range type {one.attributes}") from None
         if one.pa % PAGE_SIZE:
             raise Refused(errno.EINVAL, f"module range {one.pa:#x} is not page-aligned")
+        if kind is not ModuleType.ELF and one.va % PAGE_SIZE:
+            raise Refused(errno.EINVAL, f"module range {one.pa:#x} is for {one.va:#x}, which is not page-aligned")
         if not call.machine.is_ordinary(one.run):
             raise Refused(errno.EACCES, f"module range {one.pa:#x}-{one.epa:#x} is not ordinary memory")
         if any(run.first < one.run.end and one.run.first < run.end for run in taken):

@@ -132,7 +132,7 @@ def _measure(call: Call, rules: Rules) -> None:
 def guard_page_tables(call: Call) -> Steps:
     """Seals the tables that VTL0 runs on. Raises Refused (-EINVAL); the machine is then broken."""
     machine = call.machine
-    guard = TableGuard(machine.memory, machine.default_code, machine.rules.default_name)
+    guard = TableGuard(machine.memory, machine.by_rules)
     try:
         yield from guard.add_first_root((call.registers.cr3 & CR3_BASE) // PAGE_SIZE)
     except BadTables as error:

@@ -1,6 +1,7 @@
 """The gate of every server: who calls, whether the table lets them, and errors as statuses.
 
-The role comes from the certificate that TLS verified, never from what the caller says.
+The role comes from the certificate that TLS verified, never from what the caller says. What it sends is not parsed before it
+is known that it may call.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from vtlab.errors import InternalError, PermissionDenied, VtlabError
+from vtlab.errors import BadArgument, InternalError, PermissionDenied, VtlabError
 from vtlab.status import abort
 from vtlab.trust.certificates import URI_PREFIX
 from vtlab.trust.roles import Role, may_call
@@ -48,9 +50,10 @@ class Gate(grpc.ServerInterceptor):
         rpc = handler_call_details.method.removeprefix("/")
         behaviour, make = _SHAPES[handler.request_streaming, handler.response_streaming]
         guard = self._stream if handler.response_streaming else self._unary
+        parse = _parser(rpc, handler.request_deserializer, handler.request_streaming)
         return make(
-            guard(rpc, getattr(handler, behaviour)),
-            request_deserializer=handler.request_deserializer,
+            guard(rpc, getattr(handler, behaviour), parse),
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
@@ -59,22 +62,26 @@ class Gate(grpc.ServerInterceptor):
         if not may_call(rpc, caller, self._server):
             raise PermissionDenied(f"role {caller or 'unknown'}", f"may not call {rpc} of the {self._server}")
 
-    def _unary(self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+    def _unary(
+        self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any], parse: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 self._authorise(rpc, context)
-                return behaviour(request, context)
+                return behaviour(parse(request), context)
             except Exception as error:
                 self._fail(rpc, context, error)
                 raise
 
         return call
 
-    def _stream(self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+    def _stream(
+        self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any], parse: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             try:
                 self._authorise(rpc, context)
-                yield from behaviour(request, context)
+                yield from behaviour(parse(request), context)
             except Exception as error:
                 self._fail(rpc, context, error)
                 raise
@@ -89,6 +96,20 @@ class Gate(grpc.ServerInterceptor):
             abort(context, error)
         _log.error("%s failed", rpc, exc_info=error)
         abort(context, InternalError(f"{self._server}: {rpc}", f"{type(error).__name__}: {error}"))
+
+
+def _parser(rpc: str, deserializer: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any], Any]:
+    """From what arrives, bytes or an iterator of them, to what the handler takes. Raises BadArgument for no message."""
+    if deserializer is None:
+        return lambda request: request
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            raise BadArgument(f"request of {rpc}", f"is no such message: {error}") from None
+
+    return (lambda requests: map(parse, requests)) if streaming else parse
 
 
 # (request streaming, response streaming) -> name of the handler's function, what makes such a handler

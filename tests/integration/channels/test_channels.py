@@ -13,7 +13,15 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from vtlab.channels import BoundServer, ServerConfig, dial, serve
-from vtlab.errors import BadArgument, InternalError, LimitExceeded, PeerUnavailable, PermissionDenied, WrongState
+from vtlab.errors import (
+    BadArgument,
+    InternalError,
+    LimitExceeded,
+    PeerUnavailable,
+    PermissionDenied,
+    VtlabError,
+    WrongState,
+)
 from vtlab.health import main as health_main
 from vtlab.status import translated
 from vtlab.trust.certificates import ensure_trust
@@ -106,6 +114,23 @@ def test_roles_without_the_right_are_refused(server: BoundServer, trust: Path, r
         return
     with dial(server.addresses[0], trust, role, "vmm") as channel, pytest.raises(PermissionDenied), translated("vmm"):
         vmm_pb2_grpc.VmmServiceStub(channel).StartMachine(vmm_pb2.StartMachineRequest(vm="a"))
+
+
+@pytest.mark.parametrize(("role", "error"), [(Role.GUEST, PermissionDenied), (Role.OPERATOR, BadArgument)])
+def test_what_is_no_message(server: BoundServer, trust: Path, role: Role, error: type[VtlabError]) -> None:
+    """Who may not call learns that and nothing else; who may, that the request is none."""
+    address = server.addresses[0]
+    folder, authority = trust / role, "vmm.vtlab.internal"
+    files = [(folder / name).read_bytes() for name in ("ca.pem", f"{role}.key", f"{role}.pem")]
+    options = [("grpc.ssl_target_name_override", authority)]
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options) as channel:
+        call: Any = channel.unary_unary("/vtlab.v1.VmmService/StartMachine", request_serializer=bytes)
+        stream: Any = channel.stream_unary("/vtlab.v1.VmmService/UploadImage", request_serializer=bytes)
+        with pytest.raises(error), translated("vmm"):
+            call(b"\xff\xff", timeout=5)
+        if role is Role.GUEST:
+            with pytest.raises(error), translated("vmm"):
+                stream(iter([b"\xff\xff"]), timeout=5)
 
 
 def test_another_laboratory_is_refused(server: BoundServer, tmp_path: Path) -> None:

@@ -199,6 +199,24 @@ def test_a_new_address_space(locked: Vtl0) -> None:
     assert locked.intercept(register_write=cr3).resolution.action == vcpu_pb2.ACTION_DENY
 
 
+def test_a_released_table_is_what_its_rule_says(tmp_path: Path) -> None:
+    """Not what the policy has for memory that no rule names."""
+    named = (
+        f"  - {{name: buffer, gpa: {NEW_ROOT:#x}, size: 4096, access: rw-, execute: none}}\n  - {{name: everything else"
+    )
+    vtl0 = Vtl0(tmp_path, image.kernel())
+    try:
+        assert vtl0.take_policy(POLICY.replace("  - {name: everything else", named)).value == 0, vtl0.log()
+        before = vtl0.machine.memory.code(NEW_ROOT >> 12), vtl0.machine.owner(NEW_ROOT >> 12)
+        assert before[1] == "buffer"
+        table(vtl0, NEW_ROOT, {511: entry(vtl0, PML4 + 511 * 8), 0: entry(vtl0, PML4)})
+        for operation in (PageTableOperation.ADD_ROOT, PageTableOperation.RELEASE):
+            assert vtl0.call(Service.WRITE_PAGE_TABLE, NEW_ROOT, 0, operation).value == 0, vtl0.log()
+        assert (vtl0.machine.memory.code(NEW_ROOT >> 12), vtl0.machine.owner(NEW_ROOT >> 12)) == before
+    finally:
+        vtl0.close()
+
+
 def test_every_vcpu_gets_the_filter_of_the_others(tmp_path: Path) -> None:
     """From the end of boot on all vCPUs are pinned. A filter that lets less pass stops those that run."""
     vtl0 = Vtl0(tmp_path, image.kernel(), vp_count=3)
