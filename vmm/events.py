@@ -163,10 +163,11 @@ class EventLog:
                 for kind in wanted:
                     self._waiting[kind].discard(wake)
 
-    def kept(self, kinds: Collection[int] = ()) -> list[Event]:
-        """The events that are kept now, in order."""
+    def kept(self, kinds: Collection[int] = (), from_sequence: int = 0) -> list[Event]:
+        """The events that are kept now, in order, from a number on."""
         wanted = {kind: self._rings[kind].first for kind in _FIELDS if not kinds or kind in kinds}
-        return [self._build(kind, entry) for kind, entry in self._take(wanted)[0]]
+        batch = self._take(wanted)[0]
+        return [self._build(kind, entry) for kind, entry in batch if entry.sequence >= from_sequence]
 
     @staticmethod
     def _position(ring: _Ring, from_sequence: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import grpc
 
@@ -123,5 +123,9 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
         self, request: vmm_pb2.WatchEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[vmm_pb2.WatchEventsResponse]:
         events = self._machines.get(request.vm).events
-        for event in events.watch(request.from_sequence, request.kinds, context.is_active):
+        if request.until_now:
+            wanted: Iterable[vmm_pb2.Event] = events.kept(request.kinds, request.from_sequence)
+        else:
+            wanted = events.watch(request.from_sequence, request.kinds, context.is_active)
+        for event in wanted:
             yield vmm_pb2.WatchEventsResponse(event=event)

@@ -210,6 +210,10 @@ class Monitor:
         """Verdicts kept and to come, until the machine is gone. Raises NotFound."""
         return self._require(vm).verdicts.watch(stop)
 
+    def verdicts_so_far(self, vm: str) -> list[monitor_pb2.WatchVerdictsResponse]:
+        """Verdicts kept. Raises NotFound."""
+        return self._require(vm).verdicts.kept()
+
     def _require(self, vm: str) -> Machine:
         machine = self._machine
         if machine is None or machine.vm != vm:

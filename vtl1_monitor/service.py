@@ -81,4 +81,7 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
     def WatchVerdicts(
         self, request: monitor_pb2.WatchVerdictsRequest, context: grpc.ServicerContext
     ) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
-        yield from self._monitor.verdicts(request.vm, _ended(context))
+        if request.until_now:
+            yield from self._monitor.verdicts_so_far(request.vm)
+        else:
+            yield from self._monitor.verdicts(request.vm, _ended(context))

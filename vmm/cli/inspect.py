@@ -51,7 +51,7 @@ def events(
 
 def describe(event: vmm_pb2.Event) -> str:
     """One line for people: number, time, vCPU and level, kind, and the event's own fields."""
-    from vmm.cli.describe import detail
+    from vtlab.client.describe import detail
     from vtlab.client.names import event_name
 
     time = event.time.ToDatetime().strftime("%H:%M:%S.%f")[:-3]

@@ -254,12 +254,17 @@ class Machine:
         """
         return SerialReader(self._observed, port).read_until(pattern, timeout)
 
-    def events(self, kinds: Iterable[str | int] = (), from_sequence: int = 0) -> Iterator[vmm_pb2.Event]:
+    def events(
+        self, kinds: Iterable[str | int] = (), from_sequence: int = 0, until_now: bool = False
+    ) -> Iterator[vmm_pb2.Event]:
         """Events as they come, from the oldest kept or a number on, until the iterator is closed.
 
         Args:
             kinds: names ("verdict", "exit", …) or numbers; none means all.
             from_sequence: first number wanted; 0 is the oldest kept.
+            until_now: end with the last one that is recorded already.
         """
-        request = vmm_pb2.WatchEventsRequest(vm=self.name, from_sequence=from_sequence, kinds=event_kinds(kinds))
+        request = vmm_pb2.WatchEventsRequest(
+            vm=self.name, from_sequence=from_sequence, kinds=event_kinds(kinds), until_now=until_now
+        )
         return (answer.event for answer in stream(self._peer, self._stub.WatchEvents, request))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 
 import grpc
 
-from vtlab.client.calls import BackgroundStream, call, stream
+from vtlab.client.calls import call, stream
 from vtlab.v1 import monitor_pb2, monitor_pb2_grpc
 
 
@@ -41,28 +39,7 @@ class Policy:
         """Verdicts as they fall, until the iterator is closed."""
         return stream(self._peer, self._stub.WatchVerdicts, monitor_pb2.WatchVerdictsRequest(vm=str(vm)))
 
-    def verdicts_so_far(
-        self, vm: object, timeout: float = 0.1, settle: float = 0.01
-    ) -> list[monitor_pb2.WatchVerdictsResponse]:
-        """Verdicts that have fallen already, oldest first.
-
-        Args:
-            timeout: seconds to wait for the first, since the stream does not say that there is none.
-            settle: seconds without a further one that end the list.
-        """
-        found: list[monitor_pb2.WatchVerdictsResponse] = []
-        arrived = threading.Event()
-
-        def take(verdict: monitor_pb2.WatchVerdictsResponse) -> None:
-            found.append(verdict)
-            arrived.set()
-
-        request = monitor_pb2.WatchVerdictsRequest(vm=str(vm))
-        watch = BackgroundStream(self._peer, self._stub.WatchVerdicts, request, take, lambda _error: arrived.set())
-        deadline = time.monotonic() + timeout
-        try:
-            while arrived.wait(settle if found else max(deadline - time.monotonic(), 0)):
-                arrived.clear()
-        finally:
-            watch.close()
-        return found
+    def verdicts_so_far(self, vm: object) -> list[monitor_pb2.WatchVerdictsResponse]:
+        """Verdicts that have fallen already, oldest first."""
+        request = monitor_pb2.WatchVerdictsRequest(vm=str(vm), until_now=True)
+        return list(stream(self._peer, self._stub.WatchVerdicts, request))

@@ -966,9 +966,12 @@ class WatchEventsRequest(_message.Message):
     VM_FIELD_NUMBER: _builtins.int
     FROM_SEQUENCE_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
+    UNTIL_NOW_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     from_sequence: _builtins.int
     """First number wanted; 0 means from the oldest kept."""
+    until_now: _builtins.bool
+    """Ends with the last event that is recorded now, in place of waiting for more."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___EventKind.ValueType]:
         """Kinds wanted; empty means all."""
@@ -979,10 +982,11 @@ class WatchEventsRequest(_message.Message):
         vm: _builtins.str = ...,
         from_sequence: _builtins.int = ...,
         kinds: _abc.Iterable[Global___EventKind.ValueType] | None = ...,
+        until_now: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_sequence", b"from_sequence", "kinds", b"kinds", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_sequence", b"from_sequence", "kinds", b"kinds", "until_now", b"until_now", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -151,18 +151,8 @@ def test_stop_on_reset(boot: Boot, code: bytes) -> None:
 def test_hypercalls(boot: Boot, value: int, status: HvStatus) -> None:
     machine = boot(images.hypercall(value))
     assert debug_exit(machine) == status
-    (event,) = [event.exit for event in _kept(machine, "exit") if event.exit.WhichOneof("reason") == "hypercall"]
+    (event,) = [event.exit for event in machine.events(("exit",), until_now=True) if event.exit.WhichOneof("reason") == "hypercall"]
     assert event.registers.rax & 0xFFFFFFFF == value
-
-
-def _kept(machine: Machine, kind: str) -> list[vmm_pb2.Event]:
-    """Events up to the machine's end; the debug exit is the last exit."""
-    events = []
-    for event in machine.events((kind,)):
-        events.append(event)
-        if event.exit.HasField("debug_exit") or event.device.device:
-            break
-    return events
 
 
 def test_vtl_call_without_vtl1_is_an_undefined_opcode(boot: Boot) -> None:
@@ -173,7 +163,7 @@ def test_vtl_call_without_vtl1_is_an_undefined_opcode(boot: Boot) -> None:
 def test_fw_cfg_dma(boot: Boot) -> None:
     machine = boot(images.FW_CFG_DMA)
     assert debug_exit(machine).to_bytes(4, "little") == b"QEMU"
-    (event,) = _kept(machine, "device")
+    (event,) = machine.events(("device",), until_now=True)
     assert (event.device.gpa, event.device.size, event.device.refused) == (0x30_0000, 4, False)
 
 
