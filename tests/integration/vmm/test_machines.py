@@ -151,8 +151,9 @@ def test_stop_on_reset(boot: Boot, code: bytes) -> None:
 def test_hypercalls(boot: Boot, value: int, status: HvStatus) -> None:
     machine = boot(images.hypercall(value))
     assert debug_exit(machine) == status
-    (event,) = [event.exit for event in machine.events(("exit",), until_now=True) if event.exit.WhichOneof("reason") == "hypercall"]
-    assert event.registers.rax & 0xFFFFFFFF == value
+    exits = [event.exit for event in machine.events(("exit",), until_now=True)]
+    (exit_,) = [one for one in exits if one.HasField("hypercall")]
+    assert exit_.registers.rax & 0xFFFFFFFF == value
 
 
 def test_vtl_call_without_vtl1_is_an_undefined_opcode(boot: Boot) -> None:

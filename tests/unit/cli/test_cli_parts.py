@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.cli import checks
-from vtlab.client.describe import describe_exit, detail
 from vmm.cli.exit_codes import OF_ERROR, ExitCode, of_debug_exit, of_error
 from vmm.cli.inspect import hex_lines, registers_as_dict
 from vmm.cli.qemu_options import FlatStart, SerialTarget, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab import errors, status
+from vtlab.client.describe import describe_exit, detail
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
 
 

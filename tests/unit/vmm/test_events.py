@@ -51,6 +51,12 @@ def test_a_verdict_is_built_from_its_pair() -> None:
     assert event.verdict.exit.WhichOneof("reason") == "kicked"
 
 
+def test_what_is_kept_from_a_number_on() -> None:
+    log = EventLog("vm")
+    serial(log, "a", "b", "c")
+    assert [event.serial.data for event in log.kept(from_sequence=2)] == [b"b", b"c"]
+
+
 def test_a_flood_of_one_kind_does_not_push_out_another() -> None:
     log = EventLog("vm", capacity=10)
     log.record(VTL, ("reset", 0))
