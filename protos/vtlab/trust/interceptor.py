@@ -1,7 +1,7 @@
 """The gate of every server: who calls, whether the table lets them, and errors as statuses.
 
-The role comes from the certificate that TLS verified, never from what the caller says. What it sends is not parsed before it
-is known that it may call.
+The role comes from the certificate that TLS verified, never from what the caller says. What it sends is not parsed
+before it is known that it may call.
 """
 
 from __future__ import annotations
