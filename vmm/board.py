@@ -9,21 +9,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.connections import Connections
 from vmm.devices.bus import PortBus
 from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hyperv_msrs import SyntheticMsrs
+from vmm.intercept_filter import Watched
 from vmm.level import Level
 from vmm.memory import Memory
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, PartitionVtl
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, VsmProfile
-from vtlab.v1 import vmm_pb2
-from vtlab.v1.vcpu_pb2 import Enter, Exit, PageAccess, ProtectionUpdate, Update
+from vtlab.v1 import vcpu_pb2, vmm_pb2
+from vtlab.v1.registers_pb2 import RegisterName, RegisterValue
+from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, PageAccess, ProtectionUpdate, Resolution, Update
 from vtlab.v1.vmm_pb2 import MachineSpec, MachineState
+
+if TYPE_CHECKING:
+    from vmm.designs.design import Design
 
 # Runs of a protection update that its event keeps; the first ones.
 _EVENT_RUNS = 256
@@ -53,6 +58,15 @@ def failed(reason: str) -> Ending:
     return Ending(vmm_pb2.MACHINE_STATE_FAILED, reason)
 
 
+def complete(value: int) -> Resolution:
+    """The operation is done, with that result."""
+    return Resolution(action=vcpu_pb2.ACTION_COMPLETE, value=value)
+
+
+def register_update(name: RegisterName.ValueType, value: int) -> Update:
+    return Update(register=RegisterValue(name=name, value=value))
+
+
 def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
     """A reset, or the end if the machine's owner prefers that."""
     return stopped(reason) if spec.stop_on_reset else Ending(vmm_pb2.MACHINE_STATE_RUNNING, reason)
@@ -62,8 +76,8 @@ def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
 class Board:
     """Attributes are named for what they are; `monitor` is None where the machine has no VTL1.
 
-    `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code, else None. `serving` is held while an exit is
-    served: the vCPUs' threads change the rest of this one at a time.
+    `design` is how the guest may protect itself. `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code,
+    else None. `serving` is held while an exit is served: the vCPUs' threads change the rest of this one at a time.
     """
 
     vm: str
@@ -76,6 +90,7 @@ class Board:
     vtl: PartitionVtl
     msrs: SyntheticMsrs
     ports: PortBus
+    design: Design
     processors: list[Processor] = field(default_factory=list)
     connections: Connections = field(default_factory=Connections)
     profile: VsmProfile = DEFAULT_PROFILE
@@ -124,6 +139,18 @@ class Board:
             if len(update.runs) > 2 * _EVENT_RUNS:
                 kept = ProtectionUpdate(runs=update.runs[: 2 * _EVENT_RUNS], access=update.access, store=update.store)
             self.events.record(vmm_pb2.EVENT_KIND_PROTECTION, kept, weight=len(kept.runs) * 16)
+
+    def watch_all(self, filter_: InterceptFilter) -> None:
+        """Has VTL0 of every vCPU run with that filter only, from now on; for designs without VTL1.
+
+        Raises:
+            TimedOut: a vCPU does not stop.
+        """
+        watched = Watched(filter_)
+        with self.gate.none_inside():
+            for processor in self.processors:
+                processor.watched = watched
+                processor.post(Update(intercepts=filter_))
 
     def post_all(self, update: Update, vtl: int = VTL0) -> None:
         """Adds an update to the next enter of that level on every vCPU."""

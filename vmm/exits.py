@@ -1,29 +1,23 @@
 """What the VMM does with each kind of exit of guest code, VTL0's or VTL1's, as a table.
 
-Each row takes an exit that VTL1 does not want and gives the next enter or the end. Kinds without a row are not VTL0's
-to make: they break the machine.
+Each row takes an exit that the machine's design (vmm.designs) does not want and gives the next enter or the end. Kinds
+without a row are not VTL0's to make: they break the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmm import secure_intercepts, vtl_switch
-from vmm.board import Answer, Board, failed, reset_wanted, stopped
-from vmm.discovery import leaf
-from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import Request, decode_registers
+from vmm import vtl_switch
+from vmm.board import Answer, Board, complete, failed, register_update, reset_wanted, stopped
 from vmm.hyperv_msrs import GeneralProtectionError, ResetRequestError
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
-from vmm.vtl1 import intercept, vtl_call
-from vmm.vtl_switch import SKIP, UNDEFINED_OPCODE
+from vmm.vtl_switch import SKIP
 from vtlab.errors import GuestMisbehaved
 from vtlab.hyperv.cpuid import HYPERVISOR_LEAVES
-from vtlab.hyperv.hypercalls import HypercallCode
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
-from vtlab.v1.registers_pb2 import RegisterValue
-from vtlab.v1.vcpu_pb2 import Exit, Resolution, Update
+from vtlab.v1.vcpu_pb2 import Exit, Resolution
 
 # Exits that are no news: they are not logged.
 _QUIET = frozenset({"kicked", "output", "vtl_return"})
@@ -32,8 +26,6 @@ _EXIT = vmm_pb2.EVENT_KIND_EXIT
 _COMPLETE = vcpu_pb2.ACTION_COMPLETE
 _DENY = Resolution(action=vcpu_pb2.ACTION_DENY)
 _COMMIT = Resolution(action=vcpu_pb2.ACTION_COMMIT)
-_RETRY = Resolution(action=vcpu_pb2.ACTION_RETRY)
-_VTL_SWITCHES = frozenset({int(HypercallCode.VTL_CALL), int(HypercallCode.VTL_RETURN)})
 _RESULT_REGISTERS = (
     registers_pb2.REGISTER_NAME_RAX,
     registers_pb2.REGISTER_NAME_RBX,
@@ -43,7 +35,9 @@ _RESULT_REGISTERS = (
 
 
 def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    """Answers an exit of the active level: VTL1 sees what it watches of VTL0, the table does the rest. One at a time.
+    """Answers an exit of the active level: the design has what it watches of VTL0, the table does the rest.
+
+    One at a time.
 
     Raises:
         GuestMisbehaved: an exit that this level cannot make.
@@ -65,45 +59,13 @@ def _serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
         raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
     if kind not in _QUIET:
         board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
-    if vtl == VTL0 and board.watches(processor) and processor.watched.wants(kind, exit_):
-        return (secure_intercepts.deliver if board.guest_code else intercept)(board, processor, exit_)
+    if vtl == VTL0 and board.design.watches(board, processor) and processor.watched.wants(kind, exit_):
+        return board.design.intercepted(board, processor, exit_)
     return handler(board, processor, exit_)
 
 
-def complete(value: int) -> Resolution:
-    """The operation is done, with that result."""
-    return Resolution(action=_COMPLETE, value=value)
-
-
-def _register(name: registers_pb2.RegisterName.ValueType, value: int) -> Update:
-    return Update(register=RegisterValue(name=name, value=value))
-
-
 def _hypercall(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    request = decode_registers(exit_.registers)
-    if request is None:
-        return processor.resume(UNDEFINED_OPCODE)
-    if request.value & 0xFFFF in _VTL_SWITCHES:
-        return _vtl_switch(board, processor, exit_, request)
-    result = HYPERCALLS.serve(board, processor, processor.vtl.active, exit_, request)
-    if result is None:
-        return processor.resume(_RETRY)
-    if request.long_mode:
-        return processor.resume(complete(result))
-    halves = (
-        _register(registers_pb2.REGISTER_NAME_RAX, result & 0xFFFF_FFFF),
-        _register(registers_pb2.REGISTER_NAME_RDX, result >> 32),
-    )
-    return processor.resume(SKIP, halves)
-
-
-def _vtl_switch(board: Board, processor: Processor, exit_: Exit, request: Request) -> Answer:
-    """The value must be the bare code; other bits, and a return from VTL0, are #UD."""
-    if request.value == HypercallCode.VTL_CALL:
-        return (vtl_switch.call if board.guest_code else vtl_call)(board, processor, exit_, request.control)
-    if request.value == HypercallCode.VTL_RETURN:
-        return vtl_switch.return_(board, processor, exit_, request.control)
-    return processor.resume(UNDEFINED_OPCODE)
+    return board.design.hypercall(board, processor, exit_)
 
 
 def _msr(board: Board, processor: Processor, exit_: Exit) -> Answer:
@@ -126,8 +88,8 @@ def _msr(board: Board, processor: Processor, exit_: Exit) -> Answer:
 def _cpuid(board: Board, processor: Processor, exit_: Exit) -> Answer:
     if exit_.cpuid.leaf not in HYPERVISOR_LEAVES:
         return processor.resume(_COMMIT)
-    values = leaf(exit_.cpuid.leaf, board.spec.vp_count, board.vtl.offered)
-    updates = [_register(name, value) for name, value in zip(_RESULT_REGISTERS, values, strict=True)]
+    values = board.design.leaf(board, exit_.cpuid.leaf)
+    updates = [register_update(name, value) for name, value in zip(_RESULT_REGISTERS, values, strict=True)]
     return processor.resume(SKIP, updates)
 
 
@@ -142,11 +104,17 @@ def _port(board: Board, processor: Processor, exit_: Exit) -> Answer:
     return processor.resume(SKIP, board.ports.write(port, access.size, value))
 
 
-def _memory_fault(_board: Board, processor: Processor, exit_: Exit) -> Answer:
-    """Where nothing is, reads give all ones and writes are lost, as on a bus that nobody drives; no code is there."""
+def _memory_fault(board: Board, processor: Processor, exit_: Exit) -> Answer:
+    """Where nothing is, reads give all ones and writes are lost, as on a bus that nobody drives; no code is there.
+
+    A design may have a device there.
+    """
     fault = exit_.memory_fault
     if not fault.unmapped or fault.page_walk or fault.access == vcpu_pb2.ACCESS_KIND_EXECUTE:
         return processor.resume(_DENY)
+    answer = board.design.unmapped(board, processor, exit_)
+    if answer is not None:
+        return answer
     if fault.access == vcpu_pb2.ACCESS_KIND_READ:
         return processor.resume(complete((1 << 64) - 1))
     return processor.resume(SKIP)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmm import client_access
+from vmm import client_access, designs
 from vmm.board import Board, Ending
 from vmm.devices import optional
 from vmm.devices.bus import PortBus
@@ -80,6 +80,7 @@ class Machine:
         self.events = events
         self._guest = guest
         self._monitor = monitor
+        self._design = designs.create(spec)
         self._directory = directory
         self._state: MachineState.ValueType = CREATED
         self._reason = ""
@@ -255,6 +256,7 @@ class Machine:
         """
         self._stop_threads()
         self._detach()
+        self._design.reset()
         self._memory.reset(keep=keep)
         self._generation += 1
         self._board = self._new_board()
@@ -279,6 +281,7 @@ class Machine:
             vtl=PartitionVtl(offered=spec.vtl1 and self._monitor is not None),
             msrs=SyntheticMsrs(self._memory),
             ports=PortBus([FwCfg(self._memory, spec.vp_count, self._log_device), TestDevice()]),
+            design=self._design,
             processors=processors,
             profile=PROFILES[spec.vsm_profile or DEFAULT_PROFILE.name],
             upper_msrs=SyntheticMsrs(self._memory, vtl=VTL1) if self._guest_code else None,
@@ -286,6 +289,9 @@ class Machine:
         for device in optional.build(board):
             board.ports.add(device)
         processors += [Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)]
+        wanted = self._design.filter()
+        if wanted.ByteSize():
+            board.watch_all(wanted)
         return board
 
     @property

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from vmm import designs
 from vmm.devices import optional
 from vmm.events import EventLog
 from vmm.images import ImageStore
@@ -112,9 +113,12 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
         ("spec.ram_size", lambda: spec.ram_size % RAM_GRANULE == 0, "a multiple of 2 MiB"),
         ("spec.vp_count", lambda: 0 < spec.vp_count <= MAX_VP_COUNT, f"1 to {MAX_VP_COUNT}"),
         ("spec.vsm_profile", lambda: spec.vsm_profile in ("", *PROFILES), " or ".join(PROFILES)),
+        ("spec.design", lambda: spec.design in ("", *designs.NAMES), " or ".join(designs.NAMES)),
+        ("spec.vtl1", lambda: not spec.vtl1 or spec.design in ("", designs.DEFAULT), "false with that design"),
         ("spec.personality", lambda: spec.vtl1 or spec.personality != PERSONALITY_GUEST_CODE, "a policy without VTL1"),
     )
     for field, holds, wanted in checks:
         if not holds():
             raise BadArgument(field, f"must be {wanted}")
     optional.check(spec.devices)
+    designs.create(spec)

@@ -235,5 +235,5 @@ CONTROLS = [
     Control("data-written", "The kernel writes its data", write_data),
     Control("user-runs", "User code runs at CPL3", run_user),
     Control("data-dma", "fw_cfg writes ordinary memory by DMA", dma_data),
-    Control("vtl-call", "VTL1 answers a call", ping_vtl1),
+    Control("vtl-call", "VTL1 answers a call", ping_vtl1, needs_vtl1=True),
 ]

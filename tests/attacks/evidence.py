@@ -80,11 +80,16 @@ class Attack:
 
 @dataclass(frozen=True)
 class Control:
-    """A legitimate operation that must keep working under VTL1. Attributes as of Attack."""
+    """A legitimate operation that must keep working under VTL1. Attributes as of Attack.
+
+    Attributes:
+        needs_vtl1: it is an operation of VTL1, which other designs do not have.
+    """
 
     name: str
     sentence: str
     run: Run
+    needs_vtl1: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,18 @@ KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
 
 @dataclass(frozen=True)
 class Guest:
-    """A machine whose guest waits for commands. `protected`: it asks for its own protection at each start."""
+    """A machine whose guest waits for commands. `protected`: it asks for its own protection at each start, in the way
+    that `design` has for it."""
 
     machine: Machine
     driver: Driver
     symbols: Symbols
     protected: bool
+    design: str = "vtl"
+
+
+# design -> what the kernel's option `protect` calls it.
+_PROTECT = {"mmio-device": "mmio"}
 
 
 def _file(name: str) -> Path:
@@ -52,8 +58,10 @@ def modules() -> list[tuple[bytes, str]]:
 
 
 @contextmanager
-def boot(lab: Lab, protected: bool, vp_count: int = 1) -> Iterator[Guest]:
-    """A started machine, destroyed at the end. VTL1 is on offer either way; only a protected guest takes it.
+def boot(lab: Lab, protected: bool, vp_count: int = 1, design: str = "vtl") -> Iterator[Guest]:
+    """A started machine of a design, destroyed at the end.
+
+    What the design has to protect with is on offer either way; only a protected guest takes it.
 
     Its RAM is a PC's: a RESET does not clear it, unless VTL1 wants that.
 
@@ -65,11 +73,11 @@ def boot(lab: Lab, protected: bool, vp_count: int = 1) -> Iterator[Guest]:
         symbols.image,
         ram=RAM,
         vp_count=vp_count,
-        command_line=f"heki={int(protected)}",
+        command_line=f"protect={_PROTECT.get(design, design)}" if protected else "heki=0",
         modules=modules(),
-        vtl1=True,
+        design=design,
         keep_memory_on_reset=True,
     ) as machine:
         machine.start()
         machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
-        yield Guest(machine, Driver(machine), symbols, protected)
+        yield Guest(machine, Driver(machine), symbols, protected, design)

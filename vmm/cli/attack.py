@@ -10,22 +10,27 @@ from vmm.cli import options
 
 
 def demo(
+    design: options.Design = "vtl",
     vmm: options.Vmm = "",
     monitor: options.Monitor = "",
     trust: options.Trust = "",
     as_json: options.Json = False,
 ) -> int:
-    """Attack a real guest, first unprotected and then protected by VTL1; exit code 0 if all went as it must."""
+    """Attack a real guest, first unprotected and then protected; exit code 0 if all went as it must.
+
+    Under another design than vtl nothing has to be blocked: it is recorded what is.
+    """
     from vmm.cli import demo as body
 
     with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
-        return body.demo(lab, as_json)
+        return body.demo(lab, as_json, design)
 
 
 def attack(
     names: Annotated[
         list[str] | None, typer.Argument(help="Attacks or legitimate operations; none lists them.")
     ] = None,
+    design: options.Design = "vtl",
     vmm: options.Vmm = "",
     monitor: options.Monitor = "",
     trust: options.Trust = "",
@@ -38,4 +43,4 @@ def attack(
         return body.list_attacks(as_json)
     body.select(names)  # an unknown name costs no start
     with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
-        return body.attack(lab, names, as_json)
+        return body.attack(lab, names, as_json, design)

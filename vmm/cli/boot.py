@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from vmm.cli.exit_codes import ExitCode, of_debug_exit
@@ -32,6 +32,7 @@ class Boot:
         no_reboot: end where the machine would reset.
         start: address and mode of a flat image; none lets the file's own magic numbers decide.
         vtl1: offer VTL1 to the guest.
+        design, design_options: how the guest may protect itself (docs/designs.md).
         guest_vtl1: VTL1 is code that the guest supplies, not a policy.
         policy, policy_name: text of a policy that overrides the guest's, and the file that it came from.
         guard_on: guard the machine with the policy once COM1 has said this.
@@ -51,6 +52,8 @@ class Boot:
     vtl1: bool = True
     guest_vtl1: bool = False
     vsm_profile: str = ""
+    design: str = "vtl"
+    design_options: dict[str, str] = field(default_factory=dict)
     policy: str = ""
     policy_name: str = ""
     guard_on: str = ""
@@ -74,6 +77,8 @@ def boot(what: Boot, laboratory: contextlib.AbstractContextManager[Lab]) -> int:
                 devices=what.devices,
                 personality=_personality(what.guest_vtl1),
                 vsm_profile=what.vsm_profile,
+                design=what.design,
+                design_options=what.design_options,
                 stop_on_reset=what.no_reboot,
                 **_flat(what.start),
             )

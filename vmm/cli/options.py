@@ -23,6 +23,9 @@ Monitor = Annotated[str, typer.Option("--monitor", metavar="ADDRESS", help="Its 
 Trust = Annotated[str, typer.Option("--trust", metavar="FOLDER", help="Our certificate [VTLAB_TRUST].")]
 Rules = Annotated[str, typer.Option("--rules", metavar="FILE", help="Python file that defines `rules` for VTL1.")]
 Vm = Annotated[str, typer.Option("--vm", metavar="NAME", help="Machine; not needed if there is only one.")]
+Design = Annotated[
+    str, typer.Option("--design", metavar="NAME", help="How the guest may protect itself: docs/designs.md.")
+]
 VpIndex = Annotated[int, typer.Option("--vp", min=0, help="vCPU.")]
 
 

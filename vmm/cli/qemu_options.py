@@ -45,6 +45,17 @@ def parse_serial(options: list[str]) -> tuple[SerialTarget, SerialTarget]:
     return targets[0], targets[1]
 
 
+def parse_design_options(options: list[str]) -> dict[str, str]:
+    """Switches of a design, NAME=VALUE each. Raises BadArgument."""
+    switches: dict[str, str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not name or not equals:
+            raise BadArgument(f"--design-option {option}", "expected NAME=VALUE")
+        switches[name] = value
+    return switches
+
+
 def _serial_target(option: str) -> SerialTarget:
     kind, colon, path = option.partition(":")
     if option in ("stdio", "mon:stdio"):

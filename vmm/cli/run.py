@@ -9,7 +9,7 @@ import typer
 
 from vmm.cli import options
 from vmm.cli.boot import Boot, boot
-from vmm.cli.qemu_options import parse_flat, parse_modules, parse_ram, parse_serial
+from vmm.cli.qemu_options import parse_design_options, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab.errors import BadArgument
 
 
@@ -44,6 +44,10 @@ def run(
     vsm_profile: Annotated[
         str, typer.Option("--vsm-profile", metavar="NAME", help="How VSM answers: openvmm (default), tlfs or kvm.")
     ] = "",
+    design: options.Design = "vtl",
+    design_option: Annotated[
+        list[str] | None, typer.Option("--design-option", metavar="NAME=VALUE", help="A switch of the design.")
+    ] = None,
     policy: Annotated[str, typer.Option("--policy", metavar="FILE", help="Policy that overrides the guest's.")] = "",
     guard_on: Annotated[
         str, typer.Option("-guard-on", metavar="TEXT", help="Guard it with --policy when COM1 has said this.")
@@ -70,9 +74,11 @@ def run(
         no_reboot=no_reboot,
         start=parse_flat(flat),
         devices=tuple(device or ()),
-        vtl1=not no_vtl1,
+        vtl1=not no_vtl1 and design == "vtl",
         guest_vtl1=guest_vtl1,
         vsm_profile=vsm_profile,
+        design=design,
+        design_options=parse_design_options(design_option or []),
         policy=read_text(policy),
         policy_name=policy,
         guard_on=guard_on,

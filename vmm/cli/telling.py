@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vmm.cli.output import print_json
 from vtlab.v1 import monitor_pb2
-from vtlab_attacks.campaign import Result, Summary
+from vtlab_attacks.campaign import DESIGN, Result, Summary
 from vtlab_attacks.evidence import Attack, Control, Evidence, Outcome
 
 ROLES = {
@@ -32,7 +32,7 @@ class Teller(Protocol):
     """Gets what happens, in the order in which it happens."""
 
     def processes(self, pids: dict[str, int]) -> None: ...
-    def boot_log(self, lines: Sequence[str]) -> None: ...
+    def boot_log(self, lines: Sequence[str], design: str) -> None: ...
     def policy(self, status: monitor_pb2.PolicyStatus) -> None: ...
     def begin(self, total: int) -> None: ...
     def results(self, results: Sequence[Result]) -> None: ...
@@ -46,8 +46,8 @@ class JsonTeller:
     def processes(self, pids: dict[str, int]) -> None:
         print_json({"kind": "processes", "pids": pids})
 
-    def boot_log(self, lines: Sequence[str]) -> None:
-        print_json({"kind": "boot", "lines": list(lines)})
+    def boot_log(self, lines: Sequence[str], design: str) -> None:
+        print_json({"kind": "boot", "design": design, "lines": list(lines)})
 
     def policy(self, status: monitor_pb2.PolicyStatus) -> None:
         measurements = [
@@ -96,6 +96,7 @@ def _record(result: Result) -> dict[str, Any]:
         "name": entry.name,
         "sentence": entry.sentence,
         "protected": result.protected,
+        "design": result.design,
         "as_expected": result.as_expected,
         "seconds": round(result.seconds, 3),
     }
@@ -144,8 +145,11 @@ class ConsoleTeller:
             table.add_row(f"[bold]{name}[/]", where, what)
         self._console.print(Panel(table, title="three processes", title_align="left", expand=False))
 
-    def boot_log(self, lines: Sequence[str]) -> None:
-        self._line("\nThe guest deprivileges itself, and VTL1 comes to life:")
+    def boot_log(self, lines: Sequence[str], design: str) -> None:
+        if design == DESIGN:
+            self._line("\nThe guest deprivileges itself, and VTL1 comes to life:")
+        else:
+            self._line(f"\nThe guest protects itself by design {design}:")
         for line in lines:
             told = escape(line)
             self._line(f"  [dim]COM1[/]  [bold cyan]{told}[/]" if "VTL1" in line else f"  [dim]COM1[/]  {told}")
@@ -173,7 +177,8 @@ class ConsoleTeller:
         for result in results:
             self._line(_side(result))
             for verdict in result.verdicts[:SHOWN_VERDICTS]:
-                self._line(f"    [dim]rule of VTL1             {escape(verdict)}[/]")
+                who = "rule of VTL1" if result.design == DESIGN else result.design
+                self._line(f"    [dim]{who:<24} {escape(verdict)}[/]")
         if isinstance(entry, Attack) and entry.impossible_unprotected and not all(r.protected for r in results):
             self._line(f"    [dim]impossible without VTL1 too: {escape(entry.impossible_unprotected)}[/]")
         self._progress.update(self._progress.task_ids[0], advance=1, description=entry.name)
@@ -192,7 +197,8 @@ class ConsoleTeller:
 
 def _side(result: Result) -> str:
     """One line: with or without VTL1, what came of it, the state before and after, the fault."""
-    side = "with VTL1   " if result.protected else "without VTL1"
+    design = "VTL1" if result.design == DESIGN else result.design
+    side = f"with {design}   " if result.protected else f"without {design}"
     evidence = result.evidence
     if evidence is None:
         return f"    {side}  [bold red]ERROR[/]      {escape(result.error)}"

@@ -19,6 +19,10 @@ class Intercepts:
             registers_pb2.REGISTER_NAME_EFER: message.efer_mask,
             registers_pb2.REGISTER_NAME_XFEM: message.xcr0_mask,
         }
+        self._pinned = {
+            registers_pb2.REGISTER_NAME_CR0: message.cr0_pinned,
+            registers_pb2.REGISTER_NAME_CR4: message.cr4_pinned,
+        }
         self._cr3_writes = message.cr3_writes
         self._cr3_targets = frozenset(target & _CR3_BASE for target in message.cr3_targets)
         self._tables = {
@@ -32,11 +36,13 @@ class Intercepts:
             self._msr_writes[entry.index] = self._msr_writes.get(entry.index, 0) | entry.mask
         self._msr_reads = [range(item.first, item.first + item.count) for item in message.msr_reads]
         self._ports = [range(item.first, item.first + item.count) for item in message.ports]
+        self._every_msr_write = message.every_msr_write
         self.cpuid, self.hlt, self.invlpg = message.cpuid, message.hlt, message.invlpg
+        self.user_hypercalls = message.user_hypercalls
 
     def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:
-        """CR0, CR4, EFER, XCR0: does a watched bit change?"""
-        return bool((old ^ new) & self._masks[name])
+        """CR0, CR4, EFER, XCR0: does a watched bit change, or would a pinned one be clear?"""
+        return bool((old ^ new) & self._masks[name] or ~new & self._pinned.get(name, 0))
 
     def cr3_write(self, value: int) -> bool:
         """MOV to CR3: is the new root watched? A repeated load of the present root counts as any other."""
@@ -48,10 +54,10 @@ class Intercepts:
 
     def msr_write(self, index: int, old: int, new: int) -> bool:
         """Does a watched bit of the MSR change?"""
-        return bool((old ^ new) & self._msr_writes.get(index, 0))
+        return self._every_msr_write or bool((old ^ new) & self._msr_writes.get(index, 0))
 
     def msr_watched(self, index: int) -> bool:
-        return index in self._msr_writes
+        return self._every_msr_write or index in self._msr_writes
 
     def msr_read(self, index: int) -> bool:
         return any(index in item for item in self._msr_reads)

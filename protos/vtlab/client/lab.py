@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from vtlab.trust.roles import Role
 from vtlab.v1 import vcpu_pb2, vmm_pb2, vmm_pb2_grpc
 
 UPLOAD_DEADLINE = 300.0  # seconds
+DEFAULT_DESIGN = "vtl"
 
 
 def connect(
@@ -98,7 +99,7 @@ class Lab:
         vp_count: int = 1,
         command_line: str = "",
         modules: Sequence[ImageSource | tuple[ImageSource, str]] = (),
-        vtl1: bool = True,
+        vtl1: bool | None = None,
         stop_on_reset: bool = False,
         image_format: vcpu_pb2.ImageFormat.ValueType = vcpu_pb2.IMAGE_FORMAT_DETECT,
         load_address: int = 0,
@@ -108,6 +109,8 @@ class Lab:
         personality: vcpu_pb2.Personality.ValueType = vcpu_pb2.PERSONALITY_UNSPECIFIED,
         vsm_profile: str = "",
         keep_memory_on_reset: bool = False,
+        design: str = DEFAULT_DESIGN,
+        design_options: Mapping[str, str] | None = None,
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -118,12 +121,14 @@ class Lab:
             vp_count: vCPUs.
             command_line: for the kernel.
             modules: files or bytes for the boot loader's module list, each alone or with its command line.
-            vtl1: offer VTL1 to the guest.
+            vtl1: offer VTL1 to the guest; by default where the design has it.
             stop_on_reset: a triple fault or a reset request ends the machine.
             devices: optional ones (MachineSpec.devices).
             personality: who answers at VTL1: a policy, or code that the guest supplies.
             keep_memory_on_reset: a RESET by the guest leaves RAM as it is, unless VTL1 wants it zeroed.
             vsm_profile: how VSM answers where its sources disagree (vtlab.hyperv.profiles).
+            design: which way of protecting itself the machine offers (docs/designs.md).
+            design_options: its switches.
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
         Raises:
@@ -136,12 +141,14 @@ class Lab:
         spec = vmm_pb2.MachineSpec(
             ram_size=ram,
             vp_count=vp_count,
-            vtl1=vtl1,
+            vtl1=design == DEFAULT_DESIGN if vtl1 is None else vtl1,
             stop_on_reset=stop_on_reset,
             devices=devices,
             personality=personality,
             vsm_profile=vsm_profile,
             keep_memory_on_reset=keep_memory_on_reset,
+            design=design,
+            design_options=design_options,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

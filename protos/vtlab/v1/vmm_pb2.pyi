@@ -82,6 +82,26 @@ Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 class MachineSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class DesignOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RAM_SIZE_FIELD_NUMBER: _builtins.int
     VP_COUNT_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
@@ -90,6 +110,8 @@ class MachineSpec(_message.Message):
     PERSONALITY_FIELD_NUMBER: _builtins.int
     VSM_PROFILE_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    DESIGN_FIELD_NUMBER: _builtins.int
+    DESIGN_OPTIONS_FIELD_NUMBER: _builtins.int
     KEEP_MEMORY_ON_RESET_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
@@ -102,6 +124,10 @@ class MachineSpec(_message.Message):
     """Who answers at VTL1."""
     vsm_profile: _builtins.str
     """Where the sources disagree (vtlab.hyperv.profiles): "tlfs", "openvmm" or "kvm"; empty means the default."""
+    design: _builtins.str
+    """Which way of protecting itself the machine offers to the guest (vmm.designs): "vtl", "none", "heki-v2", "heki-v3",
+    "cr-filter" or "mmio-device"; empty means "vtl". All but "vtl" are without VTL1.
+    """
     keep_memory_on_reset: _builtins.bool
     """A RESET by the guest leaves in RAM what VTL0 could read, as on a PC, unless VTL1 is enabled and wants it zeroed
     (ZeroMemoryOnReset, its default). Off: every RESET zeroes RAM. VTL1's pages are zeroed in any case.
@@ -114,6 +140,10 @@ class MachineSpec(_message.Message):
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional devices (vmm.devices.optional): "hyperv-testdev"."""
 
+    @_builtins.property
+    def design_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Switches of the design, by name; docs/designs.md lists them."""
+
     def __init__(
         self,
         *,
@@ -125,11 +155,13 @@ class MachineSpec(_message.Message):
         personality: _vcpu_pb2.Personality.ValueType = ...,
         vsm_profile: _builtins.str = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
+        design: _builtins.str = ...,
+        design_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         keep_memory_on_reset: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "devices", b"devices", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,7 @@ BLOCKED = Evidence("CR0.WP", "1", "1", reached=False, intact=True, denial="#GP(0
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, protected: Evidence | None) -> None:
-    def run_all(lab: Any, attacks: Any, controls: Any) -> Iterator[list[Result]]:
+    def run_all(lab: Any, attacks: Any, controls: Any, design: str) -> Iterator[list[Result]]:
         verdicts = ("cr0: changes pinned bits",)
         for attack in attacks:
             yield [Result(attack, False, REACHED, "", 0.1), Result(attack, True, protected, "lost", 0.1, verdicts)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmm.fakes import FakeLevel
+from vmm import designs
 from vmm.board import Board
 from vmm.devices.bus import PortBus
 from vmm.devices.fw_cfg import FwCfg
@@ -88,7 +89,8 @@ def board(tmp_path: Path, spec: MachineSpec, guest: FakeLevel, monitor: FakeLeve
     gate = Gate(spec.vp_count, guest.kick)
     events = EventLog("vm")
     ports = PortBus([FwCfg(memory, 1, lambda event: events.record(vmm_pb2.EVENT_KIND_DEVICE, event)), TestDevice()])
-    result = Board("vm", spec, memory, events, gate, guest, monitor, PartitionVtl(True), SyntheticMsrs(memory), ports)
+    msrs, design = SyntheticMsrs(memory), designs.create(spec)
+    result = Board("vm", spec, memory, events, gate, guest, monitor, PartitionVtl(True), msrs, ports, design)
     result.processors += [Processor(index, guest, monitor, gate, VpVtl()) for index in range(spec.vp_count)]
     made.append(result)
     yield result

@@ -57,8 +57,11 @@ def hlt(context: Context, _instruction: Instruction) -> Operation | None:
 
 
 def hypercall(context: Context, instruction: Instruction) -> Operation | None:
-    """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, else #UD, as are forms with prefixes."""
-    if not context.environment.kernel or instruction.len != 3:
+    """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, or wherever the filter wants it; else #UD.
+
+    Forms with prefixes are #UD too.
+    """
+    if not (context.environment.kernel or context.intercepts.user_hypercalls) or instruction.len != 3:
         raise undefined_opcode()
 
     def complete(value: int) -> None:

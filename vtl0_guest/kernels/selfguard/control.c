@@ -19,6 +19,6 @@ s64 set_control(u64 number, u64 value) {
         return -EINVAL;
     if (guarded)
         return vtl_call(SERVICE_WRITE_CONTROL_REGISTER, number, value, 0);
-    (number == 0 ? write_cr0 : write_cr4)(value);
+    (number == 0 ? native_write_cr0 : native_write_cr4)(value);
     return 0;
 }

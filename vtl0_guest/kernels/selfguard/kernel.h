@@ -61,9 +61,20 @@ s64 guarded_call(void (*function)(void *), void *argument);
 void paging_init(u64 ram_size);
 s64 map_page(u64 address, u64 page, u64 flags);
 
+/* main.c */
+bool option(const char *line, const char *word);
+
 /* control.c */
 void control_init(void);
 s64 set_control(u64 number, u64 value);
+
+/* native_pinning.c */
+void native_pinning_init(void);
+void native_write_cr0(u64 value);
+void native_write_cr4(u64 value);
+
+/* protect.c */
+void protect(const char *command_line);
 
 /* syscalls.c */
 void syscalls_init(void);

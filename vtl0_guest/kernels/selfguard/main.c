@@ -14,8 +14,8 @@ extern u8 user_stack_top[];
 void user_entry(void);
 _Noreturn void enter_user(void (*rip)(void), u8 *rsp);
 
-/* "name=1" as a word of the command line. */
-static bool option(const char *line, const char *word) {
+/* "name=value" as a word of the command line. */
+bool option(const char *line, const char *word) {
     for (u64 size = length(word); *line; line++)
         if (same(line, word, size) && (line[size] == 0 || line[size] == ' '))
             return true;
@@ -31,7 +31,6 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     }
     const char *line = info->flags & INFO_COMMAND_LINE ? (const char *)(u64)info->command_line : "";
     u64 ram = info->flags & INFO_MEMORY ? ((u64)info->memory_upper + 1024) << 10 : 16ull << 20;
-    bool heki = option(line, "heki=1");
     log("selfguard: command line: %s\n", line);
     if (info->flags & INFO_MODULES)
         modules_init((const struct boot_module *)(u64)info->modules, info->module_count);
@@ -43,7 +42,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     interrupts_init();
     console_init();
     driver_init();
-    vtl_init(heki);
+    protect(line);
     log("selfguard: %s\n", guarded ? "guarded by VTL1" : "not guarded");
     enter_user(user_entry, user_stack_top);
 }

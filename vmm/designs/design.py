@@ -1,0 +1,49 @@
+"""What a design gives to the machine that offers it. One object a machine: it outlives resets, the board does not."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from vmm.board import Answer, Board
+from vmm.discovery import Leaf
+from vmm.processor import Processor
+from vtlab.v1.vcpu_pb2 import Exit, InterceptFilter
+from vtlab.v1.vmm_pb2 import MachineSpec
+
+
+class Design(ABC):
+    """Attributes: `options`: switches that MachineSpec.design_options may name."""
+
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, spec: MachineSpec) -> None:
+        """Raises BadArgument for an option whose value is not legal."""
+        self.spec = spec
+
+    def filter(self) -> InterceptFilter:
+        """What every vCPU of a new board watches; empty: nothing."""
+        return InterceptFilter()
+
+    def reset(self) -> None:  # noqa: B027 - most designs have nothing to forget
+        """The machine is being reset: forgets what the design does not keep. Its board is built anew afterwards."""
+
+    def watches(self, board: Board, processor: Processor) -> bool:
+        """Whether what the filter of that vCPU watches is the design's to answer at present."""
+        return True
+
+    @abstractmethod
+    def intercepted(self, board: Board, processor: Processor, exit_: Exit) -> Answer:
+        """The answer to an exit of VTL0 that is watched."""
+
+    @abstractmethod
+    def hypercall(self, board: Board, processor: Processor, exit_: Exit) -> Answer:
+        """VMCALL or VMMCALL."""
+
+    @abstractmethod
+    def leaf(self, board: Board, number: int) -> Leaf:
+        """CPUID from 0x40000000 to 0x400000FF."""
+
+    def unmapped(self, board: Board, processor: Processor, exit_: Exit) -> Answer | None:
+        """A load or store where no RAM is; None if no device of the design is there."""
+        return None

@@ -1,0 +1,28 @@
+/* How the kernel asks for protection: protect=NAME on the command line, one way a design (docs/designs.md). */
+#include "kernel.h"
+
+static void by_vtl1(void) { vtl_init(true); }
+
+static void by_itself(void) {
+    vtl_init(false);
+    native_pinning_init();
+}
+
+static const struct {
+    const char *word;
+    void (*ask)(void);
+} ways[] = {
+    {"protect=vtl", by_vtl1},
+    {"heki=1", by_vtl1},
+    {"protect=none", by_itself},
+};
+
+void protect(const char *command_line) {
+    for (u64 i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        if (option(command_line, ways[i].word)) {
+            ways[i].ask();
+            return;
+        }
+    }
+    vtl_init(false);
+}
