@@ -27,7 +27,7 @@ def enter_of(board: Board, exit_: Exit) -> Enter:
 
 
 def call(board: Board, *, number: int, cpl: int = 0, long_mode: bool = True) -> int:
-    registers = Registers(**(LONG_MODE if long_mode else {"cr0": 1}), rax=number, cpl=cpl)  # type: ignore[arg-type]
+    registers = Registers(**(LONG_MODE if long_mode else {"cr0": 1}), rax=number, cpl=cpl)
     resolution = enter_of(board, Exit(hypercall=Hypercall(), registers=registers)).resolution
     assert resolution.action == vcpu_pb2.ACTION_COMPLETE
     return resolution.value

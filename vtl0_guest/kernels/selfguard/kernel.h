@@ -74,7 +74,8 @@ void native_write_cr0(u64 value);
 void native_write_cr4(u64 value);
 
 /* protect.c */
-void protect(const char *command_line);
+void protection_choose(const char *command_line);
+void protect(void);
 
 /* syscalls.c */
 void syscalls_init(void);

@@ -32,6 +32,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     const char *line = info->flags & INFO_COMMAND_LINE ? (const char *)(u64)info->command_line : "";
     u64 ram = info->flags & INFO_MEMORY ? ((u64)info->memory_upper + 1024) << 10 : 16ull << 20;
     log("selfguard: command line: %s\n", line);
+    protection_choose(line);
     if (info->flags & INFO_MODULES)
         modules_init((const struct boot_module *)(u64)info->modules, info->module_count);
 
@@ -42,7 +43,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     interrupts_init();
     console_init();
     driver_init();
-    protect(line);
+    protect();
     log("selfguard: %s\n", guarded ? "guarded by VTL1" : "not guarded");
     enter_user(user_entry, user_stack_top);
 }

@@ -1,10 +1,11 @@
 /* How the kernel asks for protection: protect=NAME on the command line, one way a design (docs/designs.md). */
 #include "kernel.h"
 
+static void unprotected(void) { vtl_init(false); }
 static void by_vtl1(void) { vtl_init(true); }
 
 static void by_itself(void) {
-    vtl_init(false);
+    unprotected();
     native_pinning_init();
 }
 
@@ -17,12 +18,13 @@ static const struct {
     {"protect=none", by_itself},
 };
 
-void protect(const char *command_line) {
-    for (u64 i = 0; i < sizeof ways / sizeof ways[0]; i++) {
-        if (option(command_line, ways[i].word)) {
-            ways[i].ask();
-            return;
-        }
-    }
-    vtl_init(false);
+static void (*chosen)(void) = unprotected;
+
+/* While the loader's command line is mapped. */
+void protection_choose(const char *command_line) {
+    for (u64 i = 0; i < sizeof ways / sizeof ways[0]; i++)
+        if (option(command_line, ways[i].word))
+            chosen = ways[i].ask;
 }
+
+void protect(void) { chosen(); }
