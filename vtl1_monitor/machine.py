@@ -25,7 +25,7 @@ from vtl1_monitor.verdicts import VerdictLog
 from vtlab.errors import WrongState
 from vtlab.ram import PAGE_SIZE, RamFile
 from vtlab.services import ModuleType
-from vtlab.v1 import monitor_pb2, vcpu_pb2
+from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
 
 BOOT_RULE = "boot"
 """Owner of pages that keep the kernel's rights until a rule of the end of boot takes them."""
@@ -51,7 +51,12 @@ class Kdata:
 
 @dataclass
 class Processor:
-    """Attributes: `locked`: LOCK_REGS was called; `filter_version`: which filter it runs with."""
+    """One vCPU of VTL0.
+
+    Attributes:
+        locked: LOCK_REGS was called.
+        filter_version: which filter it runs with.
+    """
 
     locked: bool = False
     filter_version: int = 0
@@ -98,6 +103,8 @@ class Machine:
         self.modules: dict[int, list[tuple[ModuleType, Run]]] = {}
         self.next_token = 1
         self.grants: list[Action] = []
+        # CR0, CR4 and EFER of the first vCPU that was locked, by register name.
+        self.locked_values: dict[int, int] = {}
         self.filter_version = 1
         # The last filter that lets less pass than the one before it.
         self.strict_version = 1
@@ -138,6 +145,19 @@ class Machine:
     def owner(self, gfn: int) -> str:
         """Name of the rule that covers a page."""
         return self.memory.owner(gfn)
+
+    def at_lock(self, name: int) -> int | None:
+        """CR0, CR4 or EFER when registers were locked."""
+        return self.locked_values.get(name)
+
+    def is_sealed(self, registers: registers_pb2.Registers, gva: int, size: int) -> bool:
+        """Every page is mapped by the tables of that state, and VTL0 can write none of them."""
+        translate = self.memory.translator(cr0=registers.cr0, cr3=registers.cr3, cr4=registers.cr4, efer=registers.efer)
+        pages = range(gva & -PAGE_SIZE, gva + size, PAGE_SIZE)
+        if not 0 < size <= 0x10000:
+            return False
+        places = [translate(page) for page in pages]
+        return all(place is not None and self.memory.is_sealed(place, PAGE_SIZE) for place in places)
 
     def read(self, gpa: int, size: int) -> bytes:
         """For rules in code."""

@@ -27,6 +27,7 @@ class Operation:
         code: instruction bytes.
         event: what was being delivered when the nested table refused its frame; RETRY delivers it again.
         stays_stopped: only a reset by a client goes on from here.
+        message: what waits is no instruction, which is over, but a message that it sent: it goes on or is dropped.
     """
 
     exit: vcpu_pb2.Exit
@@ -38,6 +39,7 @@ class Operation:
     code: bytes = b""
     stays_stopped: bool = False
     event: Event | None = None
+    message: bool = False
 
     @property
     def decidable(self) -> bool:

@@ -364,7 +364,7 @@ class Processor:
             self._look_behind_iret()
         if self._engine.pending:
             self._engine.set_pending(False)  # before looking: what arrives from here on is a new request
-            taken = self._take_startup() or self._take_interrupt()
+            taken = self._take_held() or self._take_startup() or self._take_interrupt()
             if taken is not None:
                 return taken
         if context.halted or context.waits_for_startup:
@@ -372,6 +372,13 @@ class Processor:
                 return Operation(vcpu_pb2.Exit(output=vcpu_pb2.Output()))
             self._idle = True
         return None
+
+    def _take_held(self) -> Operation | None:
+        """An INIT or SIPI that waits for a decision."""
+        operation = startup.held(self._context)
+        if operation is not None:
+            self._engine.set_pending(True)  # more may wait behind it
+        return operation
 
     def _take_startup(self) -> Operation | None:
         """INIT and SIPI. INIT of the boot processor, which would run firmware, is a request to reset the machine."""

@@ -50,6 +50,7 @@ class Resolver:
             elif kind == "intercepts":
                 self._context.intercepts = Intercepts(update.intercepts)
                 self._context.engine.intercept(ExitCode.INVLPG, update.intercepts.invlpg)
+                self._context.local_apic.holds_startups = update.intercepts.startups
             elif kind == "invalidate_code":
                 self._core.invalidate_code(update.invalidate_code.gfns)
             elif kind == "hypercall_page":
@@ -124,6 +125,8 @@ class Resolver:
         if resolution.HasField("exception"):
             event = self._exception(resolution.exception, 0)
             fault = GuestFault(event.vector, event.error_code, event.address)
+        elif operation.message:
+            return None
         else:
             fault = general_protection()
         if operation.event is not None:
@@ -146,6 +149,8 @@ class Resolver:
         return None
 
     def _skip(self, operation: Operation, _resolution: vcpu_pb2.Resolution) -> Operation | None:
+        if operation.message:
+            return None
         if not operation.length:
             raise CannotEmulate(f"{operation.exit.WhichOneof('reason')} has no instruction to skip")
         self._end(operation)

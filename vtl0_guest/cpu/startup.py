@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from vtl0_guest.cpu import cpuid, state
 from vtl0_guest.cpu.context import Context
-from vtlab.v1 import registers_pb2
+from vtl0_guest.cpu.devices.apic_registers import Delivery
+from vtl0_guest.cpu.devices.local_apic import Startup
+from vtl0_guest.cpu.operation import Operation
+from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _CD_NW = 0x6000_0000
 _CR0_ET = 0x10
 _LIMIT = 0xFFFF
 _CODE, _DATA, _LDT, _TSS = 0x9B, 0x93, 0x82, 0x8B
+_KINDS = {Delivery.INIT: vcpu_pb2.STARTUP_KIND_INIT, Delivery.STARTUP: vcpu_pb2.STARTUP_KIND_SIPI}
 
 
 def init(context: Context) -> None:
@@ -42,6 +46,21 @@ def start(context: Context, vector: int) -> None:
     registers.registers.rip = 0
     del registers.msrs[:]
     state.load(context, registers)
+
+
+def held(context: Context) -> Operation | None:
+    """The exit for the first INIT or SIPI that this processor holds back."""
+    message = context.platform.take_held_startup(context.vp_index)
+    if message is None:
+        return None
+    vector = message.vector if message.delivery == Delivery.STARTUP else 0
+    kind = _KINDS[Delivery(message.delivery)]
+    startup = vcpu_pb2.Startup(target_vp=message.target.vp_index, kind=kind, vector=vector)
+
+    def commit(vector: int) -> None:
+        context.platform.deliver_startup(Startup(message.target, message.delivery, vector & 0xFF))
+
+    return Operation(vcpu_pb2.Exit(startup=startup), commit, vector, message=True)
 
 
 def _segment(selector: int, base: int, attributes: int) -> registers_pb2.Segment:

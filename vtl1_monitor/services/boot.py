@@ -43,6 +43,8 @@ def lock_registers(call: Call) -> int:
     for index, msr in machine.rules.msrs.items():
         if msr.written_at_lock:
             call.updates.append(vcpu_pb2.Update(msr=registers_pb2.MsrValue(index=index, value=msr.fixed_value)))
+    for name, field in _AT_CALL.items():
+        machine.locked_values.setdefault(name, getattr(call.registers, field))
     machine.processors[call.vp_index].locked = True
     return 0
 

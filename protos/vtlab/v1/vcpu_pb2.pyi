@@ -239,6 +239,52 @@ ACCESS_KIND_WRITE: AccessKind.ValueType  # 2
 ACCESS_KIND_EXECUTE: AccessKind.ValueType  # 3
 Global___AccessKind: _TypeAlias = AccessKind  # noqa: Y015
 
+class _StartupKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StartupKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StartupKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STARTUP_KIND_UNSPECIFIED: _StartupKind.ValueType  # 0
+    STARTUP_KIND_INIT: _StartupKind.ValueType  # 1
+    STARTUP_KIND_SIPI: _StartupKind.ValueType  # 2
+    STARTUP_KIND_CONTEXT: _StartupKind.ValueType  # 3
+    """HvCallStartVirtualProcessor: the vCPU begins with `context`."""
+
+class StartupKind(_StartupKind, metaclass=_StartupKindEnumTypeWrapper): ...
+
+STARTUP_KIND_UNSPECIFIED: StartupKind.ValueType  # 0
+STARTUP_KIND_INIT: StartupKind.ValueType  # 1
+STARTUP_KIND_SIPI: StartupKind.ValueType  # 2
+STARTUP_KIND_CONTEXT: StartupKind.ValueType  # 3
+"""HvCallStartVirtualProcessor: the vCPU begins with `context`."""
+Global___StartupKind: _TypeAlias = StartupKind  # noqa: Y015
+
+class _StateLoadCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StateLoadCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StateLoadCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STATE_LOAD_CAUSE_UNSPECIFIED: _StateLoadCause.ValueType  # 0
+    STATE_LOAD_CAUSE_STARTUP_END: _StateLoadCause.ValueType  # 1
+    """A vCPU fetches from outside the pages that it may execute since SIPI."""
+    STATE_LOAD_CAUSE_RSM: _StateLoadCause.ValueType  # 2
+    STATE_LOAD_CAUSE_WAKE: _StateLoadCause.ValueType  # 3
+    """S3: what the waking vector has restored."""
+    STATE_LOAD_CAUSE_CLIENT: _StateLoadCause.ValueType  # 4
+
+class StateLoadCause(_StateLoadCause, metaclass=_StateLoadCauseEnumTypeWrapper): ...
+
+STATE_LOAD_CAUSE_UNSPECIFIED: StateLoadCause.ValueType  # 0
+STATE_LOAD_CAUSE_STARTUP_END: StateLoadCause.ValueType  # 1
+"""A vCPU fetches from outside the pages that it may execute since SIPI."""
+STATE_LOAD_CAUSE_RSM: StateLoadCause.ValueType  # 2
+STATE_LOAD_CAUSE_WAKE: StateLoadCause.ValueType  # 3
+"""S3: what the waking vector has restored."""
+STATE_LOAD_CAUSE_CLIENT: StateLoadCause.ValueType  # 4
+Global___StateLoadCause: _TypeAlias = StateLoadCause  # noqa: Y015
+
 @_typing.final
 class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -787,6 +833,7 @@ class Update(_message.Message):
     APIC_INTERRUPT_FIELD_NUMBER: _builtins.int
     SYNIC_INTERRUPT_FIELD_NUMBER: _builtins.int
     FLUSH_TRANSLATIONS_FIELD_NUMBER: _builtins.int
+    STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -815,6 +862,8 @@ class Update(_message.Message):
     def synic_interrupt(self) -> Global___SynicInterrupt: ...
     @_builtins.property
     def flush_translations(self) -> Global___FlushTranslations: ...
+    @_builtins.property
+    def startup_window(self) -> Global___StartupWindow: ...
     def __init__(
         self,
         *,
@@ -832,12 +881,13 @@ class Update(_message.Message):
         apic_interrupt: Global___ApicInterrupt | None = ...,
         synic_interrupt: Global___SynicInterrupt | None = ...,
         flush_translations: Global___FlushTranslations | None = ...,
+        startup_window: Global___StartupWindow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -932,10 +982,15 @@ class InterceptFilter(_message.Message):
     CPUID_FIELD_NUMBER: _builtins.int
     HLT_FIELD_NUMBER: _builtins.int
     INVLPG_FIELD_NUMBER: _builtins.int
+<<<<<<< HEAD
     USER_HYPERCALLS_FIELD_NUMBER: _builtins.int
     CR0_PINNED_FIELD_NUMBER: _builtins.int
     CR4_PINNED_FIELD_NUMBER: _builtins.int
     EVERY_MSR_WRITE_FIELD_NUMBER: _builtins.int
+=======
+    STARTUPS_FIELD_NUMBER: _builtins.int
+    STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
+>>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -951,6 +1006,7 @@ class InterceptFilter(_message.Message):
     cpuid: _builtins.bool
     hlt: _builtins.bool
     invlpg: _builtins.bool
+<<<<<<< HEAD
     user_hypercalls: _builtins.bool
     """VMCALL and VMMCALL exit at every CPL and in real mode; else only CPL0 in protected mode makes hypercalls."""
     cr0_pinned: _builtins.int
@@ -958,6 +1014,16 @@ class InterceptFilter(_message.Message):
     cr4_pinned: _builtins.int
     every_msr_write: _builtins.bool
     """Every WRMSR exits, changed or not, beside those of msr_writes."""
+=======
+    startups: _builtins.bool
+    """INIT and SIPI messages that this vCPU sends exit from it before they are delivered, one exit for each target; those
+    that reach it without such a sender (from an I/O APIC, LINT0, a vCPU without this filter) exit from it instead.
+    """
+    startup_window: _builtins.bool
+    """From SIPI on, every fetch of this vCPU but from the pages of Update.startup_window exits with StateLoad; what clears
+    with INIT (CR0, CR3, CR4, EFER, GDTR, IDTR, LDTR, TR) does not exit meanwhile. COMMIT of that exit ends it.
+    """
+>>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -987,6 +1053,7 @@ class InterceptFilter(_message.Message):
         cpuid: _builtins.bool = ...,
         hlt: _builtins.bool = ...,
         invlpg: _builtins.bool = ...,
+<<<<<<< HEAD
         user_hypercalls: _builtins.bool = ...,
         cr0_pinned: _builtins.int = ...,
         cr4_pinned: _builtins.int = ...,
@@ -995,6 +1062,14 @@ class InterceptFilter(_message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "every_msr_write", b"every_msr_write", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+=======
+        startups: _builtins.bool = ...,
+        startup_window: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+>>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1212,6 +1287,32 @@ class FlushTranslations(_message.Message):
 Global___FlushTranslations: _TypeAlias = FlushTranslations  # noqa: Y015
 
 @_typing.final
+class StartupWindow(_message.Message):
+    """The pages that a vCPU may execute below CPL3 between SIPI and the end of its window (InterceptFilter.startup_window), in
+    place of those before. SIPI begins with none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pairs of (first guest page number, number of pages)."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartupWindow: _TypeAlias = StartupWindow  # noqa: Y015
+
+@_typing.final
 class StartProcessor(_message.Message):
     """Loads a vCPU that waits (for SIPI, or for its first entry at this level) with the state that a hypercall gave it."""
 
@@ -1357,6 +1458,8 @@ class Exit(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     INVLPG_FIELD_NUMBER: _builtins.int
     POWER_OFF_FIELD_NUMBER: _builtins.int
+    STARTUP_FIELD_NUMBER: _builtins.int
+    STATE_LOAD_FIELD_NUMBER: _builtins.int
     VTL_RETURN_FIELD_NUMBER: _builtins.int
     PROTECT_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
@@ -1417,6 +1520,10 @@ class Exit(_message.Message):
     @_builtins.property
     def power_off(self) -> Global___PowerOff: ...
     @_builtins.property
+    def startup(self) -> Global___Startup: ...
+    @_builtins.property
+    def state_load(self) -> Global___StateLoad: ...
+    @_builtins.property
     def vtl_return(self) -> Global___VtlReturn:
         """From VTL1 only."""
 
@@ -1450,14 +1557,16 @@ class Exit(_message.Message):
         failure: Global___EmulationFailure | None = ...,
         invlpg: Global___InvalidatePage | None = ...,
         power_off: Global___PowerOff | None = ...,
+        startup: Global___Startup | None = ...,
+        state_load: Global___StateLoad | None = ...,
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "startup", b"startup", "state_load", b"state_load", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "startup", b"startup", "state_load", b"state_load", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "vtl_return", "protect"]  # noqa: Y015
+    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "vtl_return", "protect"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reason) -> _WhichOneofReturnType_reason | None: ...
 
@@ -1858,6 +1967,84 @@ class InvalidatePage(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InvalidatePage: _TypeAlias = InvalidatePage  # noqa: Y015
+
+@_typing.final
+class Startup(_message.Message):
+    """A message that stops or starts a vCPU was sent and is held back. The instruction that sent it is over, as with the
+    APIC-write exits of processors: RIP is behind it. COMMIT delivers the message (REPLACE: with `value` as its vector);
+    DENY, SKIP and RETRY drop it, which the sender does not notice unless the DENY has an exception.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_VP_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TARGET_PARKED_FIELD_NUMBER: _builtins.int
+    target_vp: _builtins.int
+    kind: Global___StartupKind.ValueType
+    vector: _builtins.int
+    """Of a SIPI: the number of the page below 1 MiB where the vCPU starts."""
+    target_parked: _builtins.bool
+    """The target runs nothing: it waits for SIPI, or halts with interrupts disabled."""
+    @_builtins.property
+    def context(self) -> _registers_pb2.ProcessorState: ...
+    def __init__(
+        self,
+        *,
+        target_vp: _builtins.int = ...,
+        kind: Global___StartupKind.ValueType = ...,
+        vector: _builtins.int = ...,
+        context: _registers_pb2.ProcessorState | None = ...,
+        target_parked: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "kind", b"kind", "target_parked", b"target_parked", "target_vp", b"target_vp", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Startup: _TypeAlias = Startup  # noqa: Y015
+
+@_typing.final
+class StateLoad(_message.Message):
+    """A vCPU is to go on with a whole state that no judged write led to: all of it is judged at once. COMMIT: it goes on.
+    STARTUP_END: RETRY fetches again, after an update; DENY and SKIP leave the vCPU as INIT does, waiting for SIPI.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAUSE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    GPA_FIELD_NUMBER: _builtins.int
+    cause: Global___StateLoadCause.ValueType
+    gpa: _builtins.int
+    """STARTUP_END: guest-physical address of the fetch."""
+    @_builtins.property
+    def state(self) -> _registers_pb2.ProcessorState:
+        """What the vCPU would hold. MSRs that are not listed keep their values."""
+
+    @_builtins.property
+    def before(self) -> _registers_pb2.ProcessorState:
+        """The last state in which all pins were in force, where it is known: what frozen registers are compared with."""
+
+    def __init__(
+        self,
+        *,
+        cause: Global___StateLoadCause.ValueType = ...,
+        state: _registers_pb2.ProcessorState | None = ...,
+        before: _registers_pb2.ProcessorState | None = ...,
+        gpa: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "cause", b"cause", "gpa", b"gpa", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateLoad: _TypeAlias = StateLoad  # noqa: Y015
 
 @_typing.final
 class VtlReturn(_message.Message):

@@ -18,7 +18,7 @@ from vtlab.v1 import vcpu_pb2
 if TYPE_CHECKING:
     from vtl0_guest.cpu.devices.clock import Clock
     from vtl0_guest.cpu.devices.isa_lines import IsaLines
-    from vtl0_guest.cpu.devices.local_apic import LocalApic
+    from vtl0_guest.cpu.devices.local_apic import LocalApic, Startup
     from vtl0_guest.cpu.devices.pic import PicPair
     from vtl0_guest.cpu.devices.serial import SerialPorts
 
@@ -214,6 +214,17 @@ class Platform:
         """Whether an INIT arrived and, after it or alone, the vector of a SIPI. Once each."""
         with self._guard:
             return self._local_apics[vp_index].take_startup()
+
+    def take_held_startup(self, vp_index: int) -> Startup | None:
+        """The first INIT or SIPI for which this vCPU has to stop, once."""
+        with self._guard:
+            held = self._local_apics[vp_index].held_startups
+            return held.popleft() if held else None
+
+    def deliver_startup(self, startup: Startup) -> None:
+        """It was decided that this one goes on."""
+        with self._guard:
+            startup.target.receive(startup.delivery, startup.vector, decided=True)
 
     def pulse_irq(self, irq: int) -> None:
         """Raises and lowers an ISA interrupt line, 0 to 15."""

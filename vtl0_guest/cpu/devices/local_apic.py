@@ -6,7 +6,9 @@ messages are not delivered.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vtl0_guest.cpu.devices.apic_registers import (
     LVT_MASKED,
@@ -37,6 +39,17 @@ _SVR_ENABLED = 1 << 8
 _ESR_SEND_ILLEGAL, _ESR_RECEIVE_ILLEGAL, _ESR_ILLEGAL_REGISTER = 1 << 5, 1 << 6, 1 << 7
 _ALL = 0xFF
 _ASSERT, _LEVEL_TRIGGERED = 1 << 14, 1 << 15
+_STARTUPS = frozenset({Delivery.INIT, Delivery.STARTUP})
+# Messages that wait for a decision; a processor stops for the first, so that more come only from other senders.
+_MOST_HELD = 64
+
+
+class Startup(NamedTuple):
+    """An INIT or SIPI (`delivery`) that is held back."""
+
+    target: LocalApic
+    delivery: int
+    vector: int
 
 
 class LocalApic:
@@ -48,6 +61,8 @@ class LocalApic:
         on_end_of_interrupt: told the vector of each level-triggered interrupt that ends (the EOI broadcast).
         auto_eoi: set of vectors that are over as soon as they are taken (SINT MSRs with auto-EOI), as a bit mask.
         on_eoi: told the vector that each EOI ends.
+        holds_startups: INIT and SIPI that this processor sends, and those that reach it undecided, wait in
+            `held_startups` instead of being delivered (vcpu.proto, InterceptFilter.startups).
     """
 
     def __init__(self, vp_index: int, guard: Guard, clock: Clock, bus: Sequence[LocalApic]) -> None:
@@ -80,6 +95,8 @@ class LocalApic:
         self.apic_base = DEFAULT_BASE | BASE_ENABLED | (0 if vp_index else BASE_BSP)
         self._init = False
         self._startup: int | None = None
+        self.holds_startups = False
+        self.held_startups: deque[Startup] = deque(maxlen=_MOST_HELD)
         self._reset()
 
     def _reset(self) -> None:
@@ -152,7 +169,7 @@ class LocalApic:
     @property
     def urgent(self) -> bool:
         """An NMI, INIT or SIPI waits."""
-        return self._nmi or self._init or self._startup is not None
+        return self._nmi or self._init or self._startup is not None or bool(self.held_startups)
 
     def take_startup(self) -> tuple[bool, int | None]:
         """INIT, and the vector of a SIPI that came after it or alone."""
@@ -183,9 +200,18 @@ class LocalApic:
         elif rising and not lint0 & LVT_MASKED:
             self.receive(lvt_delivery(lint0), lint0 & 0xFF)
 
-    def receive(self, delivery: int, vector: int, level: bool = False) -> None:
-        """An interrupt message arrives; SMI and ExtINT are dropped."""
+    def hold(self, startup: Startup) -> None:
+        """Has this processor stop for an INIT or SIPI; one too many is dropped."""
+        if len(self.held_startups) < _MOST_HELD:
+            self.held_startups.append(startup)
+        self._guard.wake(self.vp_index)
+
+    def receive(self, delivery: int, vector: int, level: bool = False, *, decided: bool = False) -> None:
+        """An interrupt message arrives; SMI and ExtINT are dropped. `decided`: INIT and SIPI are not held again."""
         if not self.enabled:
+            return
+        if self.holds_startups and not decided and delivery in _STARTUPS:
+            self.hold(Startup(self, delivery, vector))
             return
         if delivery == Delivery.NMI:
             self._nmi = True
@@ -403,7 +429,10 @@ class LocalApic:
         if delivery == Delivery.LOWEST and targets:
             targets = [min(targets, key=lambda apic: apic.processor_priority())]
         for apic in targets:
-            apic.receive(delivery, vector)
+            if self.holds_startups and delivery in _STARTUPS:
+                self.hold(Startup(apic, delivery, vector))
+            else:
+                apic.receive(delivery, vector)
 
     def matches(self, destination: int, logical: bool) -> bool:
         """The destination of a message names this APIC."""
