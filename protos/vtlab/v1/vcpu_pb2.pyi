@@ -982,15 +982,12 @@ class InterceptFilter(_message.Message):
     CPUID_FIELD_NUMBER: _builtins.int
     HLT_FIELD_NUMBER: _builtins.int
     INVLPG_FIELD_NUMBER: _builtins.int
-<<<<<<< HEAD
+    STARTUPS_FIELD_NUMBER: _builtins.int
+    STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
     USER_HYPERCALLS_FIELD_NUMBER: _builtins.int
     CR0_PINNED_FIELD_NUMBER: _builtins.int
     CR4_PINNED_FIELD_NUMBER: _builtins.int
     EVERY_MSR_WRITE_FIELD_NUMBER: _builtins.int
-=======
-    STARTUPS_FIELD_NUMBER: _builtins.int
-    STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
->>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -1006,15 +1003,6 @@ class InterceptFilter(_message.Message):
     cpuid: _builtins.bool
     hlt: _builtins.bool
     invlpg: _builtins.bool
-<<<<<<< HEAD
-    user_hypercalls: _builtins.bool
-    """VMCALL and VMMCALL exit at every CPL and in real mode; else only CPL0 in protected mode makes hypercalls."""
-    cr0_pinned: _builtins.int
-    """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not."""
-    cr4_pinned: _builtins.int
-    every_msr_write: _builtins.bool
-    """Every WRMSR exits, changed or not, beside those of msr_writes."""
-=======
     startups: _builtins.bool
     """INIT and SIPI messages that this vCPU sends exit from it before they are delivered, one exit for each target; those
     that reach it without such a sender (from an I/O APIC, LINT0, a vCPU without this filter) exit from it instead.
@@ -1023,7 +1011,13 @@ class InterceptFilter(_message.Message):
     """From SIPI on, every fetch of this vCPU but from the pages of Update.startup_window exits with StateLoad; what clears
     with INIT (CR0, CR3, CR4, EFER, GDTR, IDTR, LDTR, TR) does not exit meanwhile. COMMIT of that exit ends it.
     """
->>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
+    user_hypercalls: _builtins.bool
+    """VMCALL and VMMCALL exit at every CPL and in real mode; else only CPL0 in protected mode makes hypercalls."""
+    cr0_pinned: _builtins.int
+    """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not."""
+    cr4_pinned: _builtins.int
+    every_msr_write: _builtins.bool
+    """Every WRMSR exits, changed or not, beside those of msr_writes."""
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1053,7 +1047,8 @@ class InterceptFilter(_message.Message):
         cpuid: _builtins.bool = ...,
         hlt: _builtins.bool = ...,
         invlpg: _builtins.bool = ...,
-<<<<<<< HEAD
+        startups: _builtins.bool = ...,
+        startup_window: _builtins.bool = ...,
         user_hypercalls: _builtins.bool = ...,
         cr0_pinned: _builtins.int = ...,
         cr4_pinned: _builtins.int = ...,
@@ -1061,15 +1056,7 @@ class InterceptFilter(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "every_msr_write", b"every_msr_write", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
-=======
-        startups: _builtins.bool = ...,
-        startup_window: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
->>>>>>> cc9b7bf (A whole state of a vCPU can be judged at once; INIT and SIPI can exit before they are delivered)
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "every_msr_write", b"every_msr_write", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
