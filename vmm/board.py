@@ -158,7 +158,7 @@ class Board:
             processor.post(update, vtl=vtl)
 
     def record_serial(self, processor: Processor, vtl: int, exit_: Exit) -> None:
-        """Serial output of an exit that is not served otherwise."""
+        """The serial output that an exit carries."""
         for output in exit_.serial:
             self.events.record(
                 vmm_pb2.EVENT_KIND_SERIAL, output, processor.index, vtl, exit_.sequence, weight=len(output.data)

@@ -52,7 +52,8 @@ class _Entry(NamedTuple):
     weight: int
 
 
-# An _Entry as it is recorded: making a named tuple of it costs as much as all else, so that waits for a reader.
+# An _Entry as it is recorded (and dropped): making a named tuple of it costs as much as all else, so that waits for a
+# reader.
 _Record = tuple[int, int, int, int, int, Any, int]
 
 
@@ -68,18 +69,14 @@ class _Ring:
         self._used = 0
 
     def append(self, record: _Record) -> None:
-        self.entries.append(record)
-        self._used += record[-1]
-        if self._used > self._weight or len(self.entries) > self._capacity:
-            self._drop()
-
-    def _drop(self) -> None:
         entries = self.entries
+        entries.append(record)
+        self._used += record[6]
         while len(entries) > self._capacity or (self._used > self._weight and len(entries) > 1):
-            dropped = _Entry(*entries.popleft())
-            self._used -= dropped.weight
+            dropped = entries.popleft()
+            self._used -= dropped[6]
             self.first += 1
-            self.last_dropped = dropped.sequence
+            self.last_dropped = dropped[0]
 
 
 class EventLog:

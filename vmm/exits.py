@@ -21,7 +21,6 @@ from vtlab.v1.vcpu_pb2 import Exit, Resolution
 
 # Exits that are no news: they are not logged.
 _QUIET = frozenset({"kicked", "output", "vtl_return"})
-_SERIAL = vmm_pb2.EVENT_KIND_SERIAL
 _EXIT = vmm_pb2.EVENT_KIND_EXIT
 _COMPLETE = vcpu_pb2.ACTION_COMPLETE
 _DENY = Resolution(action=vcpu_pb2.ACTION_DENY)
@@ -44,24 +43,20 @@ def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
         VtlabError: VTL1 did not answer, or what it wants cannot be done.
     """
     with board.serving:
-        return _serve(board, processor, exit_)
-
-
-def _serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
-    vtl = processor.vtl.active
-    for output in exit_.serial:
-        board.events.record(_SERIAL, output, processor.index, vtl, exit_.sequence, weight=len(output.data))
-    if exit_.synic_delivered and vtl == VTL0:
-        board.connections.give_back(processor.index, exit_.synic_delivered)
-    kind = exit_.WhichOneof("reason")
-    handler = _TABLE.get(kind or "")
-    if kind is None or handler is None:
-        raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
-    if kind not in _QUIET:
-        board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
-    if vtl == VTL0 and board.design.watches(board, processor) and processor.watched.wants(kind, exit_):
-        return board.design.intercepted(board, processor, exit_)
-    return handler(board, processor, exit_)
+        vtl = processor.vtl.active
+        if exit_.serial:
+            board.record_serial(processor, vtl, exit_)
+        if exit_.synic_delivered and vtl == VTL0:
+            board.connections.give_back(processor.index, exit_.synic_delivered)
+        kind = exit_.WhichOneof("reason")
+        handler = _TABLE.get(kind or "")
+        if kind is None or handler is None:
+            raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
+        if kind not in _QUIET:
+            board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
+        if vtl == VTL0 and processor.watched.wants(kind, exit_) and board.design.watches(board, processor):
+            return board.design.intercepted(board, processor, exit_)
+        return handler(board, processor, exit_)
 
 
 def _hypercall(board: Board, processor: Processor, exit_: Exit) -> Answer:

@@ -16,11 +16,13 @@ import tenacity
 from google.protobuf.message import DecodeError
 
 from vmm.driven import DrivenStream
+from vtlab import vcpu_rpc
 from vtlab.errors import Cancelled, GuestMisbehaved, PeerUnavailable, VtlabError
+from vtlab.run_messages import framed
 from vtlab.status import from_rpc_error, translated
 from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
 from vtlab.v1.registers_pb2 import ProcessorState
-from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunRequest, RunResponse
+from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunResponse
 
 # Seconds that Attach, Detach, Kick and GetState may take, and that a broken stream may take to come back.
 CALL_TIMEOUT = 30.0
@@ -28,7 +30,7 @@ REDIAL_BUDGET = 3.0
 # Bytes of an exit of VTL0, whose process may be hostile: registers, an instruction, some KiB of serial output.
 MAX_GUEST_EXIT = 64 << 10
 
-_RUN = f"/{vcpu_pb2.DESCRIPTOR.services_by_name['VcpuService'].full_name}/Run"
+_RUN = f"/{vcpu_rpc.NAME}/Run"
 
 
 class _Stream:
@@ -110,7 +112,7 @@ class RemoteLevel:
 
     def enter(self, enter: Enter) -> Exit:
         """See Level.enter. An enter is repeated on a new stream if the old one broke."""
-        request = RunRequest(enter=enter).SerializeToString()
+        request = framed(enter.SerializeToString())
         vp_index = enter.vp_index
         if self.patience is not None and not self._runs_code:
             self._deadlines[vp_index] = time.monotonic() + self.patience
@@ -134,9 +136,9 @@ class RemoteLevel:
             if following_enter is None:
                 return None
             enter = following_enter
-            return RunRequest(enter=enter).SerializeToString()
+            return framed(enter.SerializeToString())
 
-        request: bytes | None = RunRequest(enter=enter).SerializeToString()
+        request: bytes | None = framed(enter.SerializeToString())
         while request is not None:
             stream = DrivenStream(self._run, request, following)
             with self._lock:

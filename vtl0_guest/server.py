@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from vtl0_guest.cpu.core import Core
@@ -13,10 +14,11 @@ from vtl0_guest.images import read_file
 from vtl0_guest.loaders import load
 from vtl0_guest.service import VcpuService
 from vtl0_guest.session import Guest
+from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
 from vtlab.errors import BadArgument
 from vtlab.ram import TURN_FILE, Ram, RamFile
-from vtlab.v1 import registers_pb2, vcpu_pb2, vcpu_pb2_grpc
+from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _VTL = 0
 _PARTY = "vtl0"
@@ -94,9 +96,7 @@ def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
     guest = Guest(CoreLevel)
-    server = serve(
-        config, lambda grpc_server: vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(VcpuService(guest), grpc_server)
-    )
+    server = serve(config, partial(vcpu_rpc.add_to_server, VcpuService(guest)))
     try:
         server.wait(grace=0.2)
     finally:

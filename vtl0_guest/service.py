@@ -8,6 +8,7 @@ import grpc
 
 from vtl0_guest.session import Guest
 from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
+from vtlab.v1.vcpu_pb2 import Enter
 
 
 class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
@@ -24,15 +25,13 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
         self._guest.detach(request.vm)
         return vcpu_pb2.DetachResponse()
 
-    def Run(
-        self, request_iterator: Iterator[vcpu_pb2.RunRequest], context: grpc.ServicerContext
-    ) -> Iterator[vcpu_pb2.RunResponse]:
+    def Run(self, enters: Iterator[Enter], context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]
+        """Without its envelopes: see vtlab.vcpu_rpc."""
         answer = None
-        for request in request_iterator:
-            enter = request.enter
+        for enter in enters:
             if answer is None:
                 answer = self._guest.stream(enter.vp_index)
-            yield vcpu_pb2.RunResponse(exit=answer(enter))
+            yield answer(enter)
 
     def Kick(self, request: vcpu_pb2.KickRequest, context: grpc.ServicerContext) -> vcpu_pb2.KickResponse:
         return vcpu_pb2.KickResponse(running=self._guest.kick(request.vp_index, request.sequence))

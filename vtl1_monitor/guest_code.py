@@ -36,7 +36,7 @@ class GuestCodeProcessor:
         self.kick = processor.kick
         self.state = processor.state
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
         """As Processor.run; an entry for an interrupt that is none, by TPR and priority, is an empty VTL return."""
         if enter.reason == vcpu_pb2.ENTER_REASON_INTERRUPT:
             return self._interrupt(enter)
@@ -48,23 +48,21 @@ class GuestCodeProcessor:
         assist = self._processor.context.hyperv.assist
         assist.note_entry(reason, enter.registers.rax, enter.registers.rcx)
 
-    def _interrupt(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def _interrupt(self, enter: vcpu_pb2.Enter) -> bytes:
         """Updates first, since one of them may raise the interrupt; nothing runs if none is deliverable then."""
         context = self._processor.context
         self._processor.kick()
-        updated = self._processor.run(vcpu_pb2.Enter(resolution=enter.resolution, updates=enter.updates))
+        first = self._processor.run(vcpu_pb2.Enter(resolution=enter.resolution, updates=enter.updates))
+        updated = vcpu_pb2.Exit.FromString(first)
         if not updated.HasField("kicked"):
-            return updated
+            return first
         if self._platform.pending_vector(context.vp_index) is None:
             updated.vtl_return.SetInParent()
-            return updated
+            return updated.SerializeToString()
         self._note_entry(ENTRY_REASON_INTERRUPT, enter)
-        exit_ = self._processor.run(vcpu_pb2.Enter(registers=enter.registers, shared=enter.shared))
-        both = [*updated.serial, *exit_.serial], [*updated.synic_delivered, *exit_.synic_delivered]
-        del exit_.serial[:], exit_.synic_delivered[:]
-        exit_.serial.extend(both[0])
-        exit_.synic_delivered.extend(both[1])
-        return exit_
+        second = self._processor.run(vcpu_pb2.Enter(registers=enter.registers, shared=enter.shared))
+        carried = vcpu_pb2.Exit(serial=updated.serial, synic_delivered=updated.synic_delivered)
+        return carried.SerializeToString() + second  # of messages joined, lists are joined
 
 
 class GuestCode:
@@ -96,10 +94,10 @@ class GuestCode:
         clock = self._core.reference
         return vcpu_pb2.ReferenceClock(scale=clock.scale, offset=clock.offset, tsc_hz=clock.tsc_hz)
 
-    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def answer(self, enter: vcpu_pb2.Enter) -> bytes:
         """Executes an enter of a vCPU that exists. Raises as Session.answer()."""
         exit_ = self._vcpus[enter.vp_index].answer(enter)
-        if exit_.HasField("hypercall"):
+        if vcpu_pb2.Exit.FromString(exit_).HasField("hypercall"):
             self._woken(enter.vp_index)  # what came while it ran, and was not taken before it may be a VTL return
         return exit_
 

@@ -123,8 +123,8 @@ class Monitor:
             ram.close()
         self._machine, self._sessions = None, []
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """Serves one enter. Raises NotFound for a vCPU that does not exist, WrongState, Conflict."""
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
+        """Serves one enter; the Exit is serialized. Raises NotFound if there is no such vCPU, WrongState, Conflict."""
         vp_index = enter.vp_index
         code = self._guest_code(vp_index) if self._code is not None else None
         return code.answer(enter) if code is not None else self._session(vp_index).answer(enter)

@@ -37,8 +37,8 @@ class PolicyProcessor:
         self._steps: Steps | None = None
         self._call: Call | None = None
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """From an Enter to its Exit. Raises WrongState."""
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
+        """From an Enter to its Exit, serialized. Raises WrongState."""
         machine = self._machine
         with machine.turn:
             machine.wait_for_turn(self)
@@ -47,7 +47,7 @@ class PolicyProcessor:
                 reason = vcpu_pb2.EnterReason.Name(enter.reason)
                 state = "a service waits for its protection" if self._steps is not None else "it waits for VTL0"
                 raise WrongState(f"vCPU {self._vp_index} of VTL1", state=state, operation=f"be entered with {reason}")
-            return handler(self, enter)
+            return handler(self, enter).SerializeToString()
 
     def _vtl_call(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         self._call = Call(self._machine, self._vp_index, enter.registers.rdi, enter.registers)

@@ -7,8 +7,9 @@ import grpc
 from vtl1_monitor.api import load_rules
 from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.service import MonitorService, VcpuService
+from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
-from vtlab.v1 import monitor_pb2_grpc, vcpu_pb2_grpc
+from vtlab.v1 import monitor_pb2_grpc
 
 
 def main(config: ServerConfig) -> None:
@@ -16,7 +17,7 @@ def main(config: ServerConfig) -> None:
     monitor = Monitor(load_rules(config.rules))
 
     def register(server: grpc.Server) -> None:
-        vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(VcpuService(monitor), server)
+        vcpu_rpc.add_to_server(VcpuService(monitor), server)
         monitor_pb2_grpc.add_MonitorServiceServicer_to_server(MonitorService(monitor), server)
 
     server = serve(config, register)

@@ -9,6 +9,7 @@ import grpc
 
 from vtl1_monitor.monitor import Monitor
 from vtlab.v1 import monitor_pb2, monitor_pb2_grpc, vcpu_pb2, vcpu_pb2_grpc
+from vtlab.v1.vcpu_pb2 import Enter
 
 
 def _ended(context: grpc.ServicerContext) -> threading.Event:
@@ -33,11 +34,9 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
         self._monitor.detach(request.vm)
         return vcpu_pb2.DetachResponse()
 
-    def Run(
-        self, request_iterator: Iterator[vcpu_pb2.RunRequest], context: grpc.ServicerContext
-    ) -> Iterator[vcpu_pb2.RunResponse]:
-        for request in request_iterator:
-            yield vcpu_pb2.RunResponse(exit=self._monitor.run(request.enter))
+    def Run(self, enters: Iterator[Enter], context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]
+        """Without its envelopes: see vtlab.vcpu_rpc."""
+        return map(self._monitor.run, enters)
 
     def Kick(self, request: vcpu_pb2.KickRequest, context: grpc.ServicerContext) -> vcpu_pb2.KickResponse:
         return vcpu_pb2.KickResponse(running=self._monitor.kick(request.vp_index, request.sequence))

@@ -1,7 +1,8 @@
 """Numbered enters of one vCPU at one level: each is executed once, a repeated one is answered with the kept exit.
 
 The contract (VcpuService.Run): enters count from 1; a repeated number is answered with the same exit and does nothing
-twice, also on a new stream. Both levels use this; what executes an enter stays ignorant of numbers.
+twice, also on a new stream. Both levels use this; what executes an enter stays ignorant of numbers. Exits are bytes
+(vtlab.run_messages).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import threading
 from collections.abc import Callable
 
 from vtlab.errors import Conflict
+from vtlab.run_messages import numbered
 from vtlab.v1 import vcpu_pb2
 
-Execute = Callable[[vcpu_pb2.Enter], vcpu_pb2.Exit]
+Execute = Callable[[vcpu_pb2.Enter], bytes]
 
 
 class Session:
@@ -30,15 +32,15 @@ class Session:
         self._execute = execute
         self._lock = threading.Lock()
         self._enter: vcpu_pb2.Enter | None = None
-        self._exit: vcpu_pb2.Exit | None = None
+        self._exit: bytes | None = None
 
     @property
     def last(self) -> int:
         """Number of the last enter that was accepted, 0 if none."""
         return self._last
 
-    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """Executes the enter, or returns the kept exit of a repeated one. The exit carries the enter's number.
+    def answer(self, enter: vcpu_pb2.Enter) -> bytes:
+        """Executes the enter, or returns the kept exit of a repeated one. The Exit carries the enter's number.
 
         Raises:
             Conflict: the number is neither the last nor the next, or it is repeated with another content.
@@ -56,11 +58,10 @@ class Session:
                 exit_ = self._execute(enter)
             finally:
                 self.running = 0
-            exit_.sequence = sequence
-            self._exit = exit_
-            return exit_
+            self._exit = answer = numbered(exit_, sequence)
+            return answer
 
-    def _kept(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def _kept(self, enter: vcpu_pb2.Enter) -> bytes:
         if enter != self._enter:
             raise Conflict(self._name, f"enter {enter.sequence} was repeated with another content")
         if self._exit is None:

@@ -18,8 +18,8 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 class Processor(Protocol):
     """What the core offers for one vCPU (vtl0_guest/cpu/processor.py)."""
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """Runs until the next exit."""
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
+        """Runs until the next exit, which it gives as a serialized Exit."""
         ...
 
     def kick(self) -> None:
@@ -67,7 +67,7 @@ class Vcpu:
             self._stream += 1
             stream = self._stream
 
-        def answer(enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        def answer(enter: vcpu_pb2.Enter) -> bytes:
             if enter.vp_index != self._index:
                 raise BadArgument("vp_index", f"{enter.vp_index} on the stream of {self.name}")
             if stream == self._stream:
@@ -78,11 +78,11 @@ class Vcpu:
 
         return answer
 
-    def answer(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def answer(self, enter: vcpu_pb2.Enter) -> bytes:
         """Executes an enter, or repeats the exit of one that was executed. Raises as Session.answer()."""
         return self._session.answer(enter)
 
-    def _execute(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def _execute(self, enter: vcpu_pb2.Enter) -> bytes:
         sequence = enter.sequence
         with self._lock:
             self._running = sequence

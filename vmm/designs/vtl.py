@@ -16,7 +16,7 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Exit, Resolution
 
 _RETRY = Resolution(action=vcpu_pb2.ACTION_RETRY)
-_SWITCHES = frozenset({int(HypercallCode.VTL_CALL), int(HypercallCode.VTL_RETURN)})
+_VTL_CALL, _VTL_RETURN = int(HypercallCode.VTL_CALL), int(HypercallCode.VTL_RETURN)
 
 
 class Vtl(Design):
@@ -35,7 +35,7 @@ class Vtl(Design):
         request = decode_registers(exit_.registers)
         if request is None:
             return processor.resume(UNDEFINED_OPCODE)
-        if request.value & 0xFFFF in _SWITCHES:
+        if request.value & 0xFFFF in (_VTL_CALL, _VTL_RETURN):
             return _switch(board, processor, exit_, request)
         result = HYPERCALLS.serve(board, processor, processor.vtl.active, exit_, request)
         if result is None:
@@ -51,8 +51,8 @@ class Vtl(Design):
 
 def _switch(board: Board, processor: Processor, exit_: Exit, request: Request) -> Answer:
     """The value must be the bare code; other bits, and a return from VTL0, are #UD."""
-    if request.value == HypercallCode.VTL_CALL:
+    if request.value == _VTL_CALL:
         return (vtl_switch.call if board.guest_code else vtl_call)(board, processor, exit_, request.control)
-    if request.value == HypercallCode.VTL_RETURN:
+    if request.value == _VTL_RETURN:
         return vtl_switch.return_(board, processor, exit_, request.control)
     return processor.resume(UNDEFINED_OPCODE)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from vtl0_guest.cpu import layout
 from vtl0_guest.cpu.environment import Environment, Seg, SegmentState, decode_segment
+from vtlab.run_messages import varint
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _CR, _EFER = layout.CR // 8, layout.EFER // 8
@@ -30,7 +31,7 @@ _CPL, _SHADOW = _tag(28, 0), _tag(29, 0)
 # By the low hidden flags: CPL in bits 1:0, the interrupt shadow in bit 3.
 _TAILS = [_CPL + bytes([low & 3]) + _SHADOW + bytes([low >> 3 & 1]) for low in range(16)]
 
-# Of Exit: fields 4, 5 and 6. Registers have 128 bytes at least, so that their length takes two.
+# Of Exit: fields 4, 5 and 6.
 _REGISTERS, _INSTRUCTION, _INSTRUCTION_LENGTH = _tag(4, 2), _tag(5, 2), _tag(6, 0)
 
 
@@ -65,17 +66,19 @@ def registers_bytes(environment: Environment, cr8: int) -> bytes:
     )
 
 
-def fill(
-    message: vcpu_pb2.Exit, origin: bytes, environment: Environment, cr8: int, code: bytes, length: int
-) -> vcpu_pb2.Exit:
-    """Adds to an exit with its reason what every exit carries; `origin` is from origin_bytes()."""
+def common_bytes(origin: bytes, environment: Environment, cr8: int, code: bytes, length: int) -> bytes:
+    """What every exit carries, as fields of a serialized Exit; `origin` is from origin_bytes()."""
     registers = registers_bytes(environment, cr8)
-    parts = origin + _REGISTERS + bytes((len(registers) & 0x7F | 0x80, len(registers) >> 7)) + registers
+    parts = origin + _REGISTERS + varint(len(registers)) + registers
     if code:
-        code = code[:length] if length else code
-        parts += _INSTRUCTION + bytes((len(code),)) + code + _INSTRUCTION_LENGTH + bytes((length,))
-    message.MergeFromString(parts)
-    return message
+        parts += _instruction_bytes(code, length)
+    return parts
+
+
+@lru_cache(maxsize=256)
+def _instruction_bytes(code: bytes, length: int) -> bytes:
+    code = code[:length] if length else code
+    return _INSTRUCTION + bytes((len(code),)) + code + _INSTRUCTION_LENGTH + bytes((length,))
 
 
 def origin_bytes(vp_index: int, vtl: int) -> bytes:

@@ -13,21 +13,27 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _SHARED_GPRS = tuple(number for number in Gpr if number != Gpr.RSP)
 _SHARED_DEBUG = 4  # DR0-DR3
+_RAX, _RCX = int(Gpr.RAX), int(Gpr.RCX)
+_VTL_RETURN = int(HypercallCode.VTL_RETURN)
 _FAST = 1 << 16
 _FAST_VECTORS = 6
+_HYPERCALL = vcpu_pb2.Exit(hypercall=vcpu_pb2.Hypercall())  # one without anything: nearly all
 
 
-def describe_hypercall(context: Context) -> vcpu_pb2.Hypercall:
-    """What a hypercall exit carries beside the registers."""
+def describe_hypercall(context: Context) -> vcpu_pb2.Exit:
+    """The exit of a hypercall, with what it carries beside the registers. Nobody may change it."""
     environment = context.environment
+    value = environment.words[_RCX if environment.bitness == 64 else _RAX]
+    returns = context.vtl and value & 0xFFFF == _VTL_RETURN
+    if not (value & _FAST or returns):
+        return _HYPERCALL
     message = vcpu_pb2.Hypercall()
-    value = environment.words[Gpr.RCX if environment.bitness == 64 else Gpr.RAX]
     if value & _FAST:
         message.xmm = context.engine.vectors.vectors(_FAST_VECTORS)
-    if value & 0xFFFF == HypercallCode.VTL_RETURN and context.vtl:
+    if returns:
         message.return_rax, message.return_rcx = context.hyperv.assist.return_registers()
         message.interrupt_pending = context.platform.pending_vector(context.vp_index) is not None
-    return message
+    return vcpu_pb2.Exit(hypercall=message)
 
 
 def save_shared(context: Context) -> registers_pb2.SharedState:

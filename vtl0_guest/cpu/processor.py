@@ -31,6 +31,7 @@ from vtlab.x86.registers import VECTORS_WITH_ERROR_CODE, Rflags, Vector
 if TYPE_CHECKING:
     from vtl0_guest.cpu.core import Core
 
+_TURN_DONE = Outcome.DONE
 _IF = int(Rflags.IF)
 _DR6_BS = 0x4000
 _SVM = 0x100
@@ -82,7 +83,7 @@ class Processor:
         self._idle = False
         self._yields = False
         self._entering: vcpu_pb2.Enter | None = None
-        self._result: vcpu_pb2.Exit | BaseException | None = None
+        self._result: bytes | BaseException | None = None
         self._held: Operation | None = None
         context.hyperv.attend = self._ask
         self._reasons: dict[int, Callable[[], Operation | None]] = {
@@ -113,8 +114,8 @@ class Processor:
 
     # ------------------------------------------------------------------------------------------ from outside
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        """Ends the last exit as `enter` says, applies its updates, and runs until the next exit.
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
+        """Ends the last exit as `enter` says, applies its updates, and runs until the next exit, which it serializes.
 
         Raises:
             vtlab.errors.BadArgument: an update that this processor cannot take; nothing ran.
@@ -220,7 +221,7 @@ class Processor:
             self._result = error
         finally:
             runtime.stop()
-        return Outcome.DONE
+        return _TURN_DONE
 
     @property
     def _has_output(self) -> bool:
@@ -290,32 +291,28 @@ class Processor:
             self._external.append(event.vector)
         self._engine.set_pending(True)
 
-    def _leave(self, operation: Operation) -> vcpu_pb2.Exit:
-        message = operation.exit
+    def _leave(self, operation: Operation) -> bytes:
+        """The exit as it is sent: its reason, what every exit carries, and what waits to be carried."""
+        context, core = self._context, self._core
         if operation.stays_stopped:
             self._stopped = operation
-            message = vcpu_pb2.Exit()
-            message.CopyFrom(operation.exit)
-        self._open = None if operation.stays_stopped else operation
-        exits.fill(
-            message,
-            self._origin,
-            self._environment,
-            self._context.local_apic.tpr >> 4,
-            operation.code,
-            operation.length,
+        else:
+            self._open = operation
+        message = operation.exit
+        exit_ = message.SerializeToString() + exits.common_bytes(
+            self._origin, self._environment, context.cr8, operation.code, operation.length
         )
-        if self._core.shares_state:
-            message.shared.CopyFrom(levels.save_shared(self._context))
+        if core.shares_state:
+            exit_ += vcpu_pb2.Exit(shared=levels.save_shared(context)).SerializeToString()
         self._output_due = False
-        if self._context.hyperv.instant.open and not message.HasField("output"):
-            self._context.hyperv.instant.forget()
-        if self._context.hyperv.synic.delivered:
-            message.synic_delivered.extend(self._context.hyperv.synic.take_delivered())
-        if self._core.output_waits and (self._has_output or message.WhichOneof("reason") in _ENDS):
-            self._core.output_waits, self._core.carrier = False, self._context.vp_index
-            message.serial.extend(self._core.platform.serial.drain())
-        return message
+        if context.hyperv.instant.open and not message.HasField("output"):
+            context.hyperv.instant.forget()
+        if context.hyperv.synic.delivered:
+            exit_ += vcpu_pb2.Exit(synic_delivered=context.hyperv.synic.take_delivered()).SerializeToString()
+        if core.output_waits and (self._has_output or message.WhichOneof("reason") in _ENDS):
+            core.output_waits, core.carrier = False, context.vp_index
+            exit_ += vcpu_pb2.Exit(serial=core.platform.serial.drain()).SerializeToString()
+        return exit_
 
     # -------------------------------------------------------------------------------------------------- the loop
 

@@ -46,12 +46,17 @@ class _Place(Enum):
     DONE = auto()
 
 
+# Looking a member up in its class takes longer than most of what an exit has to do here.
+_OUT, _READY, _RUNNING, _IDLE, _DONE = _Place
+_TURN_DONE, _TURN_OVER = Outcome.DONE, Outcome.OVER
+
+
 class Seat:
     """A runner's place in the round."""
 
     def __init__(self, runner: Runner, lock: threading.Lock) -> None:
         self.runner = runner
-        self.place = _Place.OUT
+        self.place = _OUT
         self.woken = False
         self.changed = threading.Condition(lock)
 
@@ -98,21 +103,21 @@ class Turns:
                 if self._actions:
                     self._act()
                 self._stop_driving()
-            while seat.place is not _Place.DONE:
+            while seat.place is not _DONE:
                 if self._ready and not self._driven:
                     self._drive(seat)
                 else:
                     seat.changed.wait()
-            seat.place = _Place.OUT
+            seat.place = _OUT
 
     def wake(self, seat: Seat) -> None:
         """There may be something new to do for that runner: others do not finish their slice before it."""
         with self._lock:
             seat.woken = True
-            if seat.place is _Place.IDLE:
+            if seat.place is _IDLE:
                 self._queue(seat)
                 self._preempt()
-            elif seat.place is _Place.READY:
+            elif seat.place is _READY:
                 self._preempt()
 
     def between(self, action: Callable[[], object]) -> None:
@@ -143,7 +148,7 @@ class Turns:
             keeper.join()
 
     def _queue(self, seat: Seat) -> None:
-        seat.place = _Place.READY
+        seat.place = _READY
         self._ready.append(seat)
         if not self._driven:
             seat.changed.notify()
@@ -161,17 +166,17 @@ class Turns:
     def _drive(self, own: Seat) -> None:
         """Runs turns, with the lock held in between, until the own runner is done or nobody is ready."""
         self._driven = True
-        while self._ready and own.place is not _Place.DONE:
+        while self._ready and own.place is not _DONE:
             self._act()
             seat = self._ready.popleft()
             self._give_turn(seat)
-            if seat.place is _Place.DONE and seat is not own:
+            if seat.place is _DONE and seat is not own:
                 seat.changed.notify()
         self._act()
         self._stop_driving()
 
     def _give_turn(self, seat: Seat) -> None:
-        seat.place, seat.woken = _Place.RUNNING, False
+        seat.place, seat.woken = _RUNNING, False
         seat.runner.begin_turn(bool(self._ready))
         self._running = seat
         self._since = time.monotonic()
@@ -189,12 +194,12 @@ class Turns:
         finally:
             self._lock.acquire()
             self._running = None
-        if outcome is Outcome.DONE:
-            seat.place = _Place.DONE
-        elif outcome is Outcome.OVER or seat.woken:
+        if outcome is _TURN_DONE:
+            seat.place = _DONE
+        elif outcome is _TURN_OVER or seat.woken:
             self._queue(seat)
         else:
-            seat.place = _Place.IDLE
+            seat.place = _IDLE
 
     def _act(self) -> None:
         while self._actions:

@@ -28,7 +28,7 @@ class Toy(vcpu_pb2_grpc.VcpuServiceServicer):
         self.released = threading.Event()
         self.session = Session("vCPU 0", self._execute)
 
-    def _execute(self, enter: Enter) -> Exit:
+    def _execute(self, enter: Enter) -> bytes:
         self.executed.append(enter.sequence)
         if "silent" in self.faults:
             self.released.wait(30)
@@ -37,11 +37,11 @@ class Toy(vcpu_pb2_grpc.VcpuServiceServicer):
             exit_.serial.append(SerialOutput(data=bytes(100_000)))
         if "other level" in self.faults:
             exit_.vtl = 1
-        return exit_
+        return exit_.SerializeToString()
 
     def Run(self, request_iterator: Iterator[RunRequest], context: grpc.ServicerContext) -> Iterator[RunResponse]:
         for request in request_iterator:
-            exit_ = self.session.answer(request.enter)
+            exit_ = Exit.FromString(self.session.answer(request.enter))
             if "lost answer" in self.faults:
                 self.faults.remove("lost answer")
                 context.abort(grpc.StatusCode.UNAVAILABLE, "cut")

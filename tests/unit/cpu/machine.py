@@ -190,7 +190,7 @@ class Guest:
         """Enters once; keeps the exit in `exit` and returns the name of its reason."""
         resolution = A.Resolution(action=action, value=value, exception=exception)
         enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=resolution, updates=updates)
-        self.exit = self.processor.run(enter)
+        self.exit = A.Exit.FromString(self.processor.run(enter))
         return self.exit.WhichOneof("reason") or ""
 
     def filter(self, **fields: object) -> None:

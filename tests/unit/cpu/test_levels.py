@@ -69,7 +69,7 @@ def test_shared_state_passes_and_private_state_stays(guest: Guest, upper: Guest)
     upper.long_mode(_SHOW)
     own = upper.processor.state().registers.rsp
     registers.rbx, registers.rsp = 0xB0B, 0x1234
-    exit_ = upper.processor.run(vcpu_pb2.Enter(registers=registers, shared=shared))
+    exit_ = vcpu_pb2.Exit.FromString(upper.processor.run(vcpu_pb2.Enter(registers=registers, shared=shared)))
     assert exit_.WhichOneof("reason") == "hypercall"
     image = upper.memory[DATA : DATA + 80]
     assert image[:16] == struct.pack("<QQ", 0x1122334455667788, 0)

@@ -68,7 +68,7 @@ class Machine(Guest):
             action = A.ACTION_UNSPECIFIED
             while not over.is_set():
                 enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=action))
-                exit_ = processor.run(enter)
+                exit_ = A.Exit.FromString(processor.run(enter))
                 log.append(exit_)
                 kind = exit_.WhichOneof("reason")
                 action = A.ACTION_COMMIT
@@ -391,19 +391,16 @@ def test_rights_hold_on_every_processor_whatever_pages_are_shown_as(machine: Mac
     machine.core.processor(0).kick()
     machine.run(updates=[A.Update(protection=update)])
     second = machine.core.processor(1)
-    exit_ = second.run(A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=A.ACTION_COMPLETE)))
+    enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=A.ACTION_COMPLETE))
+    exit_ = A.Exit.FromString(second.run(enter))
     assert exit_.memory_fault.gpa == target + 0x800
     assert exit_.memory_fault.access == A.ACCESS_KIND_WRITE
-    exit_ = second.run(A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=A.ACTION_SKIP)))
+    enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=A.ACTION_SKIP))
+    exit_ = A.Exit.FromString(second.run(enter))
     assert exit_.WhichOneof("reason") == "hypercall"
     write = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_RAX, value=target)
-    exit_ = second.run(
-        A.Enter(
-            reason=A.ENTER_REASON_RESUME,
-            resolution=A.Resolution(action=A.ACTION_SKIP),
-            updates=[A.Update(register=write)],
-        )
-    )
+    enter.updates.append(A.Update(register=write))
+    exit_ = A.Exit.FromString(second.run(enter))
     if user:
         assert exit_.memory_fault.access == A.ACCESS_KIND_EXECUTE
     else:

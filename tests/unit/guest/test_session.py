@@ -24,12 +24,12 @@ class FakeProcessor:
         self.exits: SimpleQueue[vcpu_pb2.Exit] = SimpleQueue()
         self.automatic = True
 
-    def run(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def run(self, enter: vcpu_pb2.Enter) -> bytes:
         self.enters.append(enter.sequence)
         self.entered.release()
         if self.automatic and self.exits.empty():
-            return vcpu_pb2.Exit(vp_index=enter.vp_index, output=vcpu_pb2.Output())
-        return self.exits.get(timeout=TIMEOUT)
+            return vcpu_pb2.Exit(vp_index=enter.vp_index, output=vcpu_pb2.Output()).SerializeToString()
+        return self.exits.get(timeout=TIMEOUT).SerializeToString()
 
     def kick(self) -> None:
         self.exits.put(vcpu_pb2.Exit(kicked=vcpu_pb2.Kicked()))
@@ -74,7 +74,7 @@ class Bench:
 
     def stream(self, *numbers: int, vp_index: int = 0) -> list[vcpu_pb2.Exit]:
         answer = self.guest.stream(vp_index)
-        return [answer(enter(number, vp_index)) for number in numbers]
+        return [vcpu_pb2.Exit.FromString(answer(enter(number, vp_index))) for number in numbers]
 
 
 def enter(number: int, vp_index: int = 0) -> vcpu_pb2.Enter:

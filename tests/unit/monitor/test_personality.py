@@ -241,15 +241,16 @@ def test_a_watcher_that_leaves_ends() -> None:
 
 
 def test_numbers_count_from_one() -> None:
-    session = Session("vCPU 0", lambda enter: vcpu_pb2.Exit(vp_index=7))
+    session = Session("vCPU 0", lambda enter: vcpu_pb2.Exit(vp_index=7).SerializeToString())
     with pytest.raises(Conflict, match="enter 2 after enter 0"):
         session.answer(vcpu_pb2.Enter(sequence=2))
-    assert session.answer(vcpu_pb2.Enter(sequence=1)) == vcpu_pb2.Exit(sequence=1, vp_index=7)
+    answer = vcpu_pb2.Exit.FromString(session.answer(vcpu_pb2.Enter(sequence=1)))
+    assert answer == vcpu_pb2.Exit(sequence=1, vp_index=7)
     assert session.last == 1
 
 
 def test_a_failed_enter_is_not_tried_again() -> None:
-    def fail(_enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def fail(_enter: vcpu_pb2.Enter) -> bytes:
         raise WrongState("x", "no")
 
     session = Session("vCPU 0", fail)
@@ -268,16 +269,17 @@ class Numbers(RuleBasedStateMachine):
         self.executed: list[int] = []
         self.session = Session("vCPU 0", self.execute)
 
-    def execute(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+    def execute(self, enter: vcpu_pb2.Enter) -> bytes:
         self.executed.append(enter.sequence)
-        return vcpu_pb2.Exit(vp_index=enter.sequence)
+        return vcpu_pb2.Exit(vp_index=enter.sequence).SerializeToString()
 
     @rule(sequence=st.integers(0, 6))
     def enter(self, sequence: int) -> None:
         last = self.session.last
         enter = vcpu_pb2.Enter(sequence=sequence)
         if sequence in (last, last + 1) and sequence:
-            assert self.session.answer(enter).vp_index == sequence
+            exit_ = vcpu_pb2.Exit.FromString(self.session.answer(enter))
+            assert exit_.vp_index == exit_.sequence == sequence
         else:
             with pytest.raises(Conflict):
                 self.session.answer(enter)

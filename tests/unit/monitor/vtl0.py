@@ -119,7 +119,7 @@ class Vtl0:
     def enter(self, reason: vcpu_pb2.EnterReason.ValueType, vp_index: int = 0, **fields: object) -> vcpu_pb2.Exit:
         self._sequence[vp_index] += 1
         enter = vcpu_pb2.Enter(vp_index=vp_index, sequence=self._sequence[vp_index], reason=reason, **fields)  # type: ignore[arg-type]
-        return self.monitor.run(enter)
+        return vcpu_pb2.Exit.FromString(self.monitor.run(enter))
 
     def call(self, service: int, first: int = 0, second: int = 0, third: int = 0, vp_index: int = 0) -> Result:
         """A VTL call, with all that the VMM does for it."""

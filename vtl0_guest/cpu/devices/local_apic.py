@@ -38,6 +38,7 @@ VERSION = 0x0005_0014
 _SVR_ENABLED = 1 << 8
 _ESR_SEND_ILLEGAL, _ESR_RECEIVE_ILLEGAL, _ESR_ILLEGAL_REGISTER = 1 << 5, 1 << 6, 1 << 7
 _ALL = 0xFF
+_TPR = Register.TPR
 _ASSERT, _LEVEL_TRIGGERED = 1 << 14, 1 << 15
 _STARTUPS = frozenset({Delivery.INIT, Delivery.STARTUP})
 # Messages that wait for a decision; a processor stops for the first, so that more come only from other senders.
@@ -139,7 +140,7 @@ class LocalApic:
     @property
     def tpr(self) -> int:
         """TPR, 8 bits. CR8 is its bits 7:4."""
-        return self._values.get(Register.TPR, 0)
+        return self._values.get(_TPR, 0)
 
     @tpr.setter
     def tpr(self, value: int) -> None:

@@ -18,6 +18,7 @@ from vtlab.x86.paging import is_canonical
 from vtlab.x86.registers import Cr4, Msr, Rflags, Vector
 
 _LOW = 0xFFFF_FFFF
+_RAX = int(Gpr.RAX)
 _IF, _VM, _OF = int(Rflags.IF), int(Rflags.VM), 1 << 11
 
 SOFTWARE_INTERRUPTS = frozenset({Mnemonic.INT, Mnemonic.INT3, Mnemonic.INTO, Mnemonic.INT1})
@@ -65,9 +66,9 @@ def hypercall(context: Context, instruction: Instruction) -> Operation | None:
         raise undefined_opcode()
 
     def complete(value: int) -> None:
-        context.environment.words[Gpr.RAX] = value
+        context.environment.words[_RAX] = value
 
-    return Operation(vcpu_pb2.Exit(hypercall=levels.describe_hypercall(context)), None, 0, complete)
+    return Operation(levels.describe_hypercall(context), None, 0, complete)
 
 
 def invlpg(context: Context, instruction: Instruction) -> Operation | None:
