@@ -153,7 +153,7 @@ def test_a_sender_without_the_filter_meets_that_of_the_target(machine: Machine) 
     target._resolver.prepare([FILTER])
     assert machine.run() == "hypercall"
     assert not target.context.waits_for_startup
-    exit_ = target.run(A.Enter())
+    exit_ = A.Exit.FromString(target.run(A.Enter()))
     assert startup(exit_) == (1, A.STARTUP_KIND_INIT, 0)
 
 
@@ -170,7 +170,7 @@ def test_a_device_that_sends_one_meets_the_filter_of_the_target(machine: Machine
     machine.core.processor(1)._resolver.prepare([FILTER])
     machine.platform.pulse_irq(4)
     assert machine.platform.take_startup(1) == (False, None)
-    exit_ = machine.core.processor(1).run(A.Enter())
+    exit_ = A.Exit.FromString(machine.core.processor(1).run(A.Enter()))
     kind = A.STARTUP_KIND_INIT if delivery is Delivery.INIT else A.STARTUP_KIND_SIPI
     assert startup(exit_)[:2] == (1, kind)
 
