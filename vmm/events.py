@@ -29,6 +29,7 @@ _FIELDS: dict[int, str] = {
     vmm_pb2.EVENT_KIND_PROTECTION: "protection",
     vmm_pb2.EVENT_KIND_VTL: "vtl_event",
     vmm_pb2.EVENT_KIND_DEVICE: "device",
+    vmm_pb2.EVENT_KIND_USERSPACE_EXIT: "userspace_exit",
 }
 # kind -> what makes its message from the tuple that was recorded
 _BUILDERS: dict[int, Callable[..., Any]] = {

@@ -22,7 +22,6 @@ class Watched:
     def __init__(self, filter_: InterceptFilter) -> None:
         self.filter = filter_
         self.msr_writes = frozenset(item.index for item in filter_.msr_writes)
-        self.every_msr_write = filter_.every_msr_write
 
     def wants(self, kind: str, exit_: Exit) -> bool:
         """True if VTL1, enabled on that vCPU, is to judge the exit of that kind."""
@@ -32,7 +31,7 @@ class Watched:
 
 def _msr(watched: Watched, exit_: Exit) -> bool:
     if exit_.msr.write:
-        return watched.every_msr_write or exit_.msr.index in watched.msr_writes
+        return exit_.msr.index in watched.msr_writes
     return _in_ranges(exit_.msr.index, watched.filter.msr_reads)
 
 

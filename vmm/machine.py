@@ -270,6 +270,7 @@ class Machine:
         processors: list[Processor] = []
         gate = Gate(spec.vp_count, lambda vp_index, sequence: processors[vp_index].kick(sequence))
         gate.hold()  # until start
+        fw_cfg = FwCfg(self._memory, spec.vp_count, self._log_device, vtl=self._design.device_rights)
         board = Board(
             vm=self.vm,
             spec=spec,
@@ -280,7 +281,7 @@ class Machine:
             monitor=self._monitor,
             vtl=PartitionVtl(offered=spec.vtl1 and self._monitor is not None),
             msrs=SyntheticMsrs(self._memory),
-            ports=PortBus([FwCfg(self._memory, spec.vp_count, self._log_device), TestDevice()]),
+            ports=PortBus([fw_cfg, TestDevice()]),
             design=self._design,
             processors=processors,
             profile=PROFILES[spec.vsm_profile or DEFAULT_PROFILE.name],

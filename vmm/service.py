@@ -112,6 +112,13 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
             guard(board)
         return vmm_pb2.GuardMachineResponse(machine=machine.describe())
 
+    def SetUserspaceFilters(
+        self, request: vmm_pb2.SetUserspaceFiltersRequest, context: grpc.ServicerContext
+    ) -> vmm_pb2.SetUserspaceFiltersResponse:
+        with self._machines.get(request.vm).doing(Operation.SET_FILTERS) as board:
+            board.design.set_filters(board, request.filters)
+        return vmm_pb2.SetUserspaceFiltersResponse()
+
     def WriteSerial(
         self, request: vmm_pb2.WriteSerialRequest, context: grpc.ServicerContext
     ) -> vmm_pb2.WriteSerialResponse:

@@ -26,6 +26,7 @@ class Operation(StrEnum):
     HIJACK = "hijack"
     WRITE_SERIAL = "write serial"
     GUARD = "guard"
+    SET_FILTERS = "set filters"
     # From inside: a vCPU ended, asked for a reset, or broke.
     GUEST_ENDS = "end"
     GUEST_RESETS = "reset itself"
@@ -40,7 +41,7 @@ FAILED = vmm_pb2.MACHINE_STATE_FAILED
 STATES = (CREATED, RUNNING, PAUSED, STOPPED, FAILED)
 
 _LOOK = (Operation.GET_REGISTERS, Operation.READ_MEMORY, Operation.TRANSLATE)
-_CHANGE = (Operation.SET_REGISTERS, Operation.WRITE_MEMORY, Operation.WRITE_SERIAL)
+_CHANGE = (Operation.SET_REGISTERS, Operation.WRITE_MEMORY, Operation.WRITE_SERIAL, Operation.SET_FILTERS)
 
 
 def _stay(state: MachineState.ValueType, *operations: Operation) -> dict[Operation, MachineState.ValueType]:

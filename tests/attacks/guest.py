@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from vtlab.client import Lab, Machine
+from vtlab.client import Lab, Machine, filters
 from vtlab.client.driver import READY, Driver
 from vtlab.client.symbols import Symbols
 
@@ -76,6 +76,7 @@ def boot(lab: Lab, protected: bool, vp_count: int = 1, design: str = "vtl") -> I
         command_line=f"protect={_PROTECT.get(design, design)}" if protected else "heki=0",
         modules=modules(),
         design=design,
+        filters=filters.pinning() if protected and design == "cr-filter" else None,
         keep_memory_on_reset=True,
     ) as machine:
         machine.start()

@@ -6,7 +6,9 @@ its hypercalls, its CPUID leaves, its registers in memory. All run on the same m
 
 from __future__ import annotations
 
+from vmm.designs.cr_filter import CrFilter
 from vmm.designs.design import Design
+from vmm.designs.heki import HekiV2, HekiV3
 from vmm.designs.native import Native
 from vmm.designs.vtl import Vtl
 from vtlab.errors import BadArgument
@@ -16,6 +18,9 @@ __all__ = ["DEFAULT", "NAMES", "Design", "create"]
 
 _TABLE: dict[str, type[Design]] = {
     "none": Native,
+    "heki-v2": HekiV2,
+    "heki-v3": HekiV3,
+    "cr-filter": CrFilter,
     "vtl": Vtl,
 }
 NAMES = tuple(_TABLE)
@@ -26,6 +31,8 @@ def create(spec: MachineSpec) -> Design:
     """The design of a machine, in its first state. Raises BadArgument that names an option or value at fault."""
     name = spec.design or DEFAULT
     design = _TABLE[name]
+    if spec.HasField("filters") and design is not CrFilter:
+        raise BadArgument("spec.filters", f"design '{name}' has no filters")
     for option in spec.design_options:
         if option not in design.options:
             known = ", ".join(design.options) or "none"

@@ -8,14 +8,22 @@ from typing import ClassVar
 from vmm.board import Answer, Board
 from vmm.discovery import Leaf
 from vmm.processor import Processor
+from vmm.vtl import VTL0
+from vtlab.errors import Unsupported
 from vtlab.v1.vcpu_pb2 import Exit, InterceptFilter
-from vtlab.v1.vmm_pb2 import MachineSpec
+from vtlab.v1.vmm_pb2 import MachineSpec, UserspaceFilters
 
 
 class Design(ABC):
-    """Attributes: `options`: switches that MachineSpec.design_options may name."""
+    """What all have, and what most do not need.
+
+    Attributes:
+        options: switches that MachineSpec.design_options may name.
+        device_rights: with whose rights the VMM's own devices write guest memory: VTL0's, or the host's (1).
+    """
 
     options: ClassVar[tuple[str, ...]] = ()
+    device_rights: ClassVar[int] = VTL0
 
     def __init__(self, spec: MachineSpec) -> None:
         """Raises BadArgument for an option whose value is not legal."""
@@ -43,6 +51,15 @@ class Design(ABC):
     @abstractmethod
     def leaf(self, board: Board, number: int) -> Leaf:
         """CPUID from 0x40000000 to 0x400000FF."""
+
+    def set_filters(self, board: Board, filters: UserspaceFilters) -> None:
+        """The owner of the machine replaces its filters.
+
+        Raises:
+            Unsupported: the design has none.
+            BadArgument: they make no sense.
+        """
+        raise Unsupported("filters", f"a machine of design '{self.spec.design or 'vtl'}' has none")
 
     def unmapped(self, board: Board, processor: Processor, exit_: Exit) -> Answer | None:
         """A load or store where no RAM is; None if no device of the design is there."""

@@ -17,13 +17,14 @@ from vmm.processor import Processor
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Exit, InterceptFilter, Resolution
 
+Hypercalls = dict[int, Callable[[Any, Board, Processor, KvmCall], int]]
 DENY = Resolution(action=vcpu_pb2.ACTION_DENY)
 
 
 class Native(Design):
     """Attributes: `hypercalls`: number -> what serves it, with the value of RAX; others are -KVM_ENOSYS."""
 
-    hypercalls: ClassVar[dict[int, Callable[[Any, Board, Processor, KvmCall], int]]] = {}
+    hypercalls: ClassVar[Hypercalls] = {}
 
     def filter(self) -> InterceptFilter:
         return InterceptFilter(user_hypercalls=True)

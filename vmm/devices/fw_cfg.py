@@ -64,9 +64,16 @@ class FwCfg:
         vp_count: int,
         log: Callable[[DeviceEvent], None],
         files: dict[str, bytes] | None = None,
+        vtl: int = 0,
     ) -> None:
-        """:param files: further read-only files, by name of at most 55 bytes."""
+        """A device without a guest's code behind it.
+
+        Args:
+            files: further read-only files, by name of at most 55 bytes.
+            vtl: level whose rights its DMA has.
+        """
         self._memory = memory
+        self._vtl = vtl
         self._log = log
         names = {SCRATCH_NAME: bytes(SCRATCH_SIZE), **(files or {})}
         keys = {name: Key.FIRST_FILE + number for number, name in enumerate(sorted(names))}
@@ -118,7 +125,7 @@ class FwCfg:
 
     def _transfer(self, request: int) -> None:
         try:
-            control, length, address = _REQUEST.unpack(self._memory.read(request, _REQUEST.size))
+            control, length, address = _REQUEST.unpack(self._memory.read(request, _REQUEST.size, self._vtl))
         except VtlabError as error:
             self._refused("request", request, _REQUEST.size, error)
             return
@@ -130,7 +137,7 @@ class FwCfg:
             self._refused("read" if control & Control.READ else "write", address, length, error)
             ok = False
         try:
-            self._memory.write(request, struct.pack(">I", 0 if ok else Control.ERROR))
+            self._memory.write(request, struct.pack(">I", 0 if ok else Control.ERROR), self._vtl)
         except VtlabError as error:
             self._refused("answer", request, 4, error)
 
@@ -139,14 +146,14 @@ class FwCfg:
         if length > MAX_TRANSFER:
             return False
         if control & Control.READ:
-            self._memory.check(address, length, WRITE)
-            self._memory.write(address, self._take(length))
+            self._memory.check(address, length, WRITE, self._vtl)
+            self._memory.write(address, self._take(length), self._vtl)
             self._log(DeviceEvent(device="fw_cfg", what="read", gpa=address, size=length))
         elif control & Control.WRITE:
             item = self._items.get(self._selected, bytearray())
             if self._selected not in self._writable or self._offset + length > len(item):
                 return False
-            item[self._offset : self._offset + length] = self._memory.read(address, length)
+            item[self._offset : self._offset + length] = self._memory.read(address, length, self._vtl)
             self._offset += length
             self._log(DeviceEvent(device="fw_cfg", what="write", gpa=address, size=length))
         elif control & Control.SKIP:

@@ -36,7 +36,6 @@ class Intercepts:
             self._msr_writes[entry.index] = self._msr_writes.get(entry.index, 0) | entry.mask
         self._msr_reads = [range(item.first, item.first + item.count) for item in message.msr_reads]
         self._ports = [range(item.first, item.first + item.count) for item in message.ports]
-        self._every_msr_write = message.every_msr_write
         self.cpuid, self.hlt, self.invlpg = message.cpuid, message.hlt, message.invlpg
         self.user_hypercalls = message.user_hypercalls
 
@@ -54,10 +53,10 @@ class Intercepts:
 
     def msr_write(self, index: int, old: int, new: int) -> bool:
         """Does a watched bit of the MSR change?"""
-        return self._every_msr_write or bool((old ^ new) & self._msr_writes.get(index, 0))
+        return bool((old ^ new) & self._msr_writes.get(index, 0))
 
     def msr_watched(self, index: int) -> bool:
-        return self._every_msr_write or index in self._msr_writes
+        return index in self._msr_writes
 
     def msr_read(self, index: int) -> bool:
         return any(index in item for item in self._msr_reads)

@@ -111,6 +111,7 @@ class Lab:
         keep_memory_on_reset: bool = False,
         design: str = DEFAULT_DESIGN,
         design_options: Mapping[str, str] | None = None,
+        filters: vmm_pb2.UserspaceFilters | None = None,
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -129,6 +130,7 @@ class Lab:
             vsm_profile: how VSM answers where its sources disagree (vtlab.hyperv.profiles).
             design: which way of protecting itself the machine offers (docs/designs.md).
             design_options: its switches.
+            filters: for design `cr-filter`, what the machine's owner wants.
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
         Raises:
@@ -149,6 +151,7 @@ class Lab:
             keep_memory_on_reset=keep_memory_on_reset,
             design=design,
             design_options=design_options,
+            filters=filters,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

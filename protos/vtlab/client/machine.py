@@ -108,6 +108,16 @@ class Machine:
         """
         return self._move(self._stub.GuardMachine, vmm_pb2.GuardMachineRequest(vm=self.name))
 
+    def set_filters(self, filters: vmm_pb2.UserspaceFilters) -> None:
+        """Replaces the filters of a machine of design `cr-filter`; they hold when this returns.
+
+        Raises:
+            BadArgument: KVM would refuse them, or a rule makes no sense.
+            Unsupported: the machine is of another design.
+        """
+        request = vmm_pb2.SetUserspaceFiltersRequest(vm=self.name, filters=filters)
+        call(self._peer, self._stub.SetUserspaceFilters, request)
+
     def destroy(self) -> None:
         """Removes it and its memory."""
         call(self._peer, self._stub.DestroyMachine, vmm_pb2.DestroyMachineRequest(vm=self.name))

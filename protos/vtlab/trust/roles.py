@@ -46,6 +46,7 @@ RPC_ROLES: dict[str, frozenset[Role]] = {
     "vtlab.v1.VmmService/Translate": _CLIENTS,
     "vtlab.v1.VmmService/Hijack": _OPERATOR,
     "vtlab.v1.VmmService/GuardMachine": _OPERATOR,
+    "vtlab.v1.VmmService/SetUserspaceFilters": _OPERATOR,
     "vtlab.v1.VmmService/WriteSerial": _OPERATOR,
     "vtlab.v1.VmmService/WatchEvents": _CLIENTS,
     "vtlab.v1.MonitorService/GetPolicy": _CLIENTS,

@@ -987,7 +987,6 @@ class InterceptFilter(_message.Message):
     USER_HYPERCALLS_FIELD_NUMBER: _builtins.int
     CR0_PINNED_FIELD_NUMBER: _builtins.int
     CR4_PINNED_FIELD_NUMBER: _builtins.int
-    EVERY_MSR_WRITE_FIELD_NUMBER: _builtins.int
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -1016,8 +1015,6 @@ class InterceptFilter(_message.Message):
     cr0_pinned: _builtins.int
     """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not."""
     cr4_pinned: _builtins.int
-    every_msr_write: _builtins.bool
-    """Every WRMSR exits, changed or not, beside those of msr_writes."""
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1052,11 +1049,10 @@ class InterceptFilter(_message.Message):
         user_hypercalls: _builtins.bool = ...,
         cr0_pinned: _builtins.int = ...,
         cr4_pinned: _builtins.int = ...,
-        every_msr_write: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "every_msr_write", b"every_msr_write", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,29 @@ MACHINE_STATE_FAILED: MachineState.ValueType  # 5
 """A level or the core broke; fails closed, only reset and destroy are legal."""
 Global___MachineState: _TypeAlias = MachineState  # noqa: Y015
 
+class _FilterAnswer:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FilterAnswerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterAnswer.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FILTER_ANSWER_UNSPECIFIED: _FilterAnswer.ValueType  # 0
+    """#GP, as if GENERAL_PROTECTION."""
+    FILTER_ANSWER_ALLOW: _FilterAnswer.ValueType  # 1
+    FILTER_ANSWER_GENERAL_PROTECTION: _FilterAnswer.ValueType  # 2
+    FILTER_ANSWER_REPLACE: _FilterAnswer.ValueType  # 3
+    """Another value: the one written, with the bits that the rule is about as they have to be."""
+
+class FilterAnswer(_FilterAnswer, metaclass=_FilterAnswerEnumTypeWrapper): ...
+
+FILTER_ANSWER_UNSPECIFIED: FilterAnswer.ValueType  # 0
+"""#GP, as if GENERAL_PROTECTION."""
+FILTER_ANSWER_ALLOW: FilterAnswer.ValueType  # 1
+FILTER_ANSWER_GENERAL_PROTECTION: FilterAnswer.ValueType  # 2
+FILTER_ANSWER_REPLACE: FilterAnswer.ValueType  # 3
+"""Another value: the one written, with the bits that the rule is about as they have to be."""
+Global___FilterAnswer: _TypeAlias = FilterAnswer  # noqa: Y015
+
 class _EventKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -64,6 +87,7 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_LOST: _EventKind.ValueType  # 6
     EVENT_KIND_VTL: _EventKind.ValueType  # 7
     EVENT_KIND_DEVICE: _EventKind.ValueType  # 8
+    EVENT_KIND_USERSPACE_EXIT: _EventKind.ValueType  # 12
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
@@ -76,6 +100,7 @@ EVENT_KIND_PROTECTION: EventKind.ValueType  # 5
 EVENT_KIND_LOST: EventKind.ValueType  # 6
 EVENT_KIND_VTL: EventKind.ValueType  # 7
 EVENT_KIND_DEVICE: EventKind.ValueType  # 8
+EVENT_KIND_USERSPACE_EXIT: EventKind.ValueType  # 12
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -112,6 +137,7 @@ class MachineSpec(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     DESIGN_FIELD_NUMBER: _builtins.int
     DESIGN_OPTIONS_FIELD_NUMBER: _builtins.int
+    FILTERS_FIELD_NUMBER: _builtins.int
     KEEP_MEMORY_ON_RESET_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
@@ -144,6 +170,10 @@ class MachineSpec(_message.Message):
     def design_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Switches of the design, by name; docs/designs.md lists them."""
 
+    @_builtins.property
+    def filters(self) -> Global___UserspaceFilters:
+        """For design "cr-filter": what its owner wants from the start."""
+
     def __init__(
         self,
         *,
@@ -157,15 +187,170 @@ class MachineSpec(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         design: _builtins.str = ...,
         design_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        filters: Global___UserspaceFilters | None = ...,
         keep_memory_on_reset: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "devices", b"devices", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "devices", b"devices", "filters", b"filters", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MachineSpec: _TypeAlias = MachineSpec  # noqa: Y015
+
+@_typing.final
+class UserspaceFilters(_message.Message):
+    """What the owner of a machine has KVM tell it, and what it answers (design "cr-filter"). Unset: nothing is filtered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MSR_FIELD_NUMBER: _builtins.int
+    CR_FIELD_NUMBER: _builtins.int
+    EXIT_REASONS_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    OTHERWISE_FIELD_NUMBER: _builtins.int
+    KEEP_ON_RESET_FIELD_NUMBER: _builtins.int
+    exit_reasons: _builtins.int
+    """KVM_CAP_X86_USER_SPACE_MSR, for both: 1 invalid, 2 unknown, 4 filtered. Without 4 what is filtered takes #GP at once."""
+    otherwise: Global___FilterAnswer.ValueType
+    """Of a write to a register that has no rule."""
+    keep_on_reset: _builtins.bool
+    """RESET leaves them in force; else it lifts them, and the owner has to set them again."""
+    @_builtins.property
+    def msr(self) -> Global___RegisterFilter:
+        """struct kvm_msr_filter."""
+
+    @_builtins.property
+    def cr(self) -> Global___RegisterFilter:
+        """The same for control registers, by their numbers: 0, 3, 4; writes only."""
+
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterRule]:
+        """The owner's answers, by register."""
+
+    def __init__(
+        self,
+        *,
+        msr: Global___RegisterFilter | None = ...,
+        cr: Global___RegisterFilter | None = ...,
+        exit_reasons: _builtins.int = ...,
+        rules: _abc.Iterable[Global___FilterRule] | None = ...,
+        otherwise: Global___FilterAnswer.ValueType = ...,
+        keep_on_reset: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cr", b"cr", "msr", b"msr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cr", b"cr", "exit_reasons", b"exit_reasons", "keep_on_reset", b"keep_on_reset", "msr", b"msr", "otherwise", b"otherwise", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserspaceFilters: _TypeAlias = UserspaceFilters  # noqa: Y015
+
+@_typing.final
+class RegisterFilter(_message.Message):
+    """What is not allowed is told to the owner, or takes #GP."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFAULT_DENY_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    default_deny: _builtins.bool
+    """KVM_MSR_FILTER_DEFAULT_DENY: of registers in no range. With no ranges that have a bitmap, it is refused."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterRange]:
+        """At most 16; the first one that fits decides."""
+
+    def __init__(
+        self,
+        *,
+        default_deny: _builtins.bool = ...,
+        ranges: _abc.Iterable[Global___FilterRange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deny", b"default_deny", "ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterFilter: _TypeAlias = RegisterFilter  # noqa: Y015
+
+@_typing.final
+class FilterRange(_message.Message):
+    """struct kvm_msr_filter_range."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_FIELD_NUMBER: _builtins.int
+    WRITE_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    BITMAP_FIELD_NUMBER: _builtins.int
+    read: _builtins.bool
+    write: _builtins.bool
+    base: _builtins.int
+    count: _builtins.int
+    """0: the range does not exist."""
+    bitmap: _builtins.bytes
+    """Bit n is for register base + n: 1 allows. At most 0x600 bytes, whole 64-bit words."""
+    def __init__(
+        self,
+        *,
+        read: _builtins.bool = ...,
+        write: _builtins.bool = ...,
+        base: _builtins.int = ...,
+        count: _builtins.int = ...,
+        bitmap: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "bitmap", b"bitmap", "count", b"count", "read", b"read", "write", b"write"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterRange: _TypeAlias = FilterRange  # noqa: Y015
+
+@_typing.final
+class FilterRule(_message.Message):
+    """A write that breaks it gets `answer`; others are allowed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MSR_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    STAYS_SET_FIELD_NUMBER: _builtins.int
+    STAYS_CLEAR_FIELD_NUMBER: _builtins.int
+    FROZEN_ONCE_SET_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """For people."""
+    msr: _builtins.bool
+    """`index` is an MSR; else the number of a control register."""
+    index: _builtins.int
+    stays_set: _builtins.int
+    """Bits that a write may not clear where they are set, or set where they are clear."""
+    stays_clear: _builtins.int
+    frozen_once_set: _builtins.bool
+    """Once it is not zero, it does not change."""
+    answer: Global___FilterAnswer.ValueType
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        msr: _builtins.bool = ...,
+        index: _builtins.int = ...,
+        stays_set: _builtins.int = ...,
+        stays_clear: _builtins.int = ...,
+        frozen_once_set: _builtins.bool = ...,
+        answer: Global___FilterAnswer.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "frozen_once_set", b"frozen_once_set", "index", b"index", "msr", b"msr", "name", b"name", "stays_clear", b"stays_clear", "stays_set", b"stays_set"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterRule: _TypeAlias = FilterRule  # noqa: Y015
 
 @_typing.final
 class Machine(_message.Message):
@@ -951,6 +1136,44 @@ class GuardMachineResponse(_message.Message):
 Global___GuardMachineResponse: _TypeAlias = GuardMachineResponse  # noqa: Y015
 
 @_typing.final
+class SetUserspaceFiltersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    FILTERS_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    @_builtins.property
+    def filters(self) -> Global___UserspaceFilters: ...
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        filters: Global___UserspaceFilters | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetUserspaceFiltersRequest: _TypeAlias = SetUserspaceFiltersRequest  # noqa: Y015
+
+@_typing.final
+class SetUserspaceFiltersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetUserspaceFiltersResponse: _TypeAlias = SetUserspaceFiltersResponse  # noqa: Y015
+
+@_typing.final
 class WriteSerialRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1063,6 +1286,7 @@ class Event(_message.Message):
     LOST_FIELD_NUMBER: _builtins.int
     VTL_EVENT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    USERSPACE_EXIT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the events of a VMM from 1."""
     vm: _builtins.str
@@ -1089,6 +1313,8 @@ class Event(_message.Message):
     def vtl_event(self) -> Global___VtlEvent: ...
     @_builtins.property
     def device(self) -> Global___DeviceEvent: ...
+    @_builtins.property
+    def userspace_exit(self) -> Global___UserspaceExit: ...
     def __init__(
         self,
         *,
@@ -1107,16 +1333,122 @@ class Event(_message.Message):
         lost: Global___EventsLost | None = ...,
         vtl_event: Global___VtlEvent | None = ...,
         device: Global___DeviceEvent | None = ...,
+        userspace_exit: Global___UserspaceExit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device", b"device", "exit", b"exit", "lost", b"lost", "protection", b"protection", "serial", b"serial", "state", b"state", "time", b"time", "verdict", b"verdict", "vtl_event", b"vtl_event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device", b"device", "exit", b"exit", "lost", b"lost", "protection", b"protection", "serial", b"serial", "state", b"state", "time", b"time", "userspace_exit", b"userspace_exit", "verdict", b"verdict", "vtl_event", b"vtl_event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device", b"device", "enter_sequence", b"enter_sequence", "exit", b"exit", "kind", b"kind", "lost", b"lost", "protection", b"protection", "sequence", b"sequence", "serial", b"serial", "state", b"state", "time", b"time", "verdict", b"verdict", "vm", b"vm", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_event", b"vtl_event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device", b"device", "enter_sequence", b"enter_sequence", "exit", b"exit", "kind", b"kind", "lost", b"lost", "protection", b"protection", "sequence", b"sequence", "serial", b"serial", "state", b"state", "time", b"time", "userspace_exit", b"userspace_exit", "verdict", b"verdict", "vm", b"vm", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_event", b"vtl_event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["state", "exit", "verdict", "serial", "protection", "lost", "vtl_event", "device"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["state", "exit", "verdict", "serial", "protection", "lost", "vtl_event", "device", "userspace_exit"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class UserspaceExit(_message.Message):
+    """What a design without VTL1 tells the owner of the machine: struct kvm_run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEKI_CONFIGURE_FIELD_NUMBER: _builtins.int
+    HEKI_DENIAL_FIELD_NUMBER: _builtins.int
+    RDMSR_FIELD_NUMBER: _builtins.int
+    WRMSR_FIELD_NUMBER: _builtins.int
+    WRCR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def heki_configure(self) -> Global___HekiExit:
+        """KVM_EXIT_HEKI_CONFIGURE, KVM_EXIT_HEKI_DENIAL."""
+
+    @_builtins.property
+    def heki_denial(self) -> Global___HekiExit: ...
+    @_builtins.property
+    def rdmsr(self) -> Global___RegisterExit:
+        """KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, and their like for control registers."""
+
+    @_builtins.property
+    def wrmsr(self) -> Global___RegisterExit: ...
+    @_builtins.property
+    def wrcr(self) -> Global___RegisterExit: ...
+    def __init__(
+        self,
+        *,
+        heki_configure: Global___HekiExit | None = ...,
+        heki_denial: Global___HekiExit | None = ...,
+        rdmsr: Global___RegisterExit | None = ...,
+        wrmsr: Global___RegisterExit | None = ...,
+        wrcr: Global___RegisterExit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heki_configure", b"heki_configure", "heki_denial", b"heki_denial", "rdmsr", b"rdmsr", "run", b"run", "wrcr", b"wrcr", "wrmsr", b"wrmsr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heki_configure", b"heki_configure", "heki_denial", b"heki_denial", "rdmsr", b"rdmsr", "run", b"run", "wrcr", b"wrcr", "wrmsr", b"wrmsr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_run: _TypeAlias = _typing.Literal["heki_configure", "heki_denial", "rdmsr", "wrmsr", "wrcr"]  # noqa: Y015
+    _WhichOneofArgType_run: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_run) -> _WhichOneofReturnType_run | None: ...
+
+Global___UserspaceExit: _TypeAlias = UserspaceExit  # noqa: Y015
+
+@_typing.final
+class HekiExit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.int
+    """KVM_HEKI_EXIT_REASON_CR0 (1) or KVM_HEKI_EXIT_REASON_CR4 (2)."""
+    value: _builtins.int
+    """CONFIGURE: the mask that was accepted now. DENIAL: the value that was refused."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.int = ...,
+        value: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HekiExit: _TypeAlias = HekiExit  # noqa: Y015
+
+@_typing.final
+class RegisterExit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERROR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
+    error: _builtins.int
+    """As answered: 0, or 1 for #GP."""
+    reason: _builtins.int
+    """4: filtered."""
+    index: _builtins.int
+    data: _builtins.int
+    """Read: as answered. Written: by the guest."""
+    replaced: _builtins.int
+    """Written: as answered, if that is another value."""
+    def __init__(
+        self,
+        *,
+        error: _builtins.int = ...,
+        reason: _builtins.int = ...,
+        index: _builtins.int = ...,
+        data: _builtins.int = ...,
+        replaced: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replaced", b"_replaced", "replaced", b"replaced"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replaced", b"_replaced", "data", b"data", "error", b"error", "index", b"index", "reason", b"reason", "replaced", b"replaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__replaced: _TypeAlias = _typing.Literal["replaced"]  # noqa: Y015
+    _WhichOneofArgType__replaced: _TypeAlias = _typing.Literal["_replaced", b"_replaced"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replaced) -> _WhichOneofReturnType__replaced | None: ...
+
+Global___RegisterExit: _TypeAlias = RegisterExit  # noqa: Y015
 
 @_typing.final
 class Verdict(_message.Message):

@@ -120,6 +120,11 @@ class VmmServiceStub:
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.FromString,
                 _registered_method=True)
+        self.SetUserspaceFilters = channel.unary_unary(
+                '/vtlab.v1.VmmService/SetUserspaceFilters',
+                request_serializer=vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersResponse.FromString,
+                _registered_method=True)
         self.WriteSerial = channel.unary_unary(
                 '/vtlab.v1.VmmService/WriteSerial',
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
@@ -247,6 +252,13 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetUserspaceFilters(self, request, context):
+        """Replaces the filters of a machine of design "cr-filter", also while it runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteSerial(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -347,6 +359,11 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.GuardMachine,
                     request_deserializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.SerializeToString,
+            ),
+            'SetUserspaceFilters': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetUserspaceFilters,
+                    request_deserializer=vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersResponse.SerializeToString,
             ),
             'WriteSerial': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteSerial,
@@ -819,6 +836,33 @@ class VmmService:
             '/vtlab.v1.VmmService/GuardMachine',
             vtlab_dot_v1_dot_vmm__pb2.GuardMachineRequest.SerializeToString,
             vtlab_dot_v1_dot_vmm__pb2.GuardMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetUserspaceFilters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VmmService/SetUserspaceFilters',
+            vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersRequest.SerializeToString,
+            vtlab_dot_v1_dot_vmm__pb2.SetUserspaceFiltersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,8 @@ class VmmServiceStub:
     """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
     hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
     """
+    SetUserspaceFilters: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]
+    """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]
     WatchEvents: _grpc.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
@@ -96,6 +98,8 @@ class VmmServiceAsyncStub(VmmServiceStub):
     """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
     hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
     """
+    SetUserspaceFilters: _aio.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]  # type: ignore[assignment]
+    """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]  # type: ignore[assignment]
     WatchEvents: _aio.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
@@ -231,6 +235,14 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         """Enables VTL1 on a machine whose guest does not ask for it, and has the operator's policy (MonitorService.SetPolicy)
         hold at once for the state that the guest is in. The guest notices nothing until it breaks a rule.
         """
+
+    @_abc_1.abstractmethod
+    def SetUserspaceFilters(
+        self,
+        request: _vmm_pb2.SetUserspaceFiltersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.SetUserspaceFiltersResponse, _abc.Awaitable[_vmm_pb2.SetUserspaceFiltersResponse]]:
+        """Replaces the filters of a machine of design "cr-filter", also while it runs."""
 
     @_abc_1.abstractmethod
     def WriteSerial(

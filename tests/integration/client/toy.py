@@ -150,6 +150,9 @@ class ToyVmm(vmm_pb2_grpc.VmmServiceServicer):
         self.memory.update(enumerate(request.code, request.code_gpa))
         return vmm_pb2.HijackResponse(before=self.registers)
 
+    def SetUserspaceFilters(self, request: vmm_pb2.SetUserspaceFiltersRequest, context: Any) -> Any:
+        return vmm_pb2.SetUserspaceFiltersResponse()
+
     def WriteSerial(self, request: vmm_pb2.WriteSerialRequest, context: Any) -> Any:
         self._machine(request.vm)
         if request.data == b"lose\n":

@@ -73,6 +73,11 @@ void native_pinning_init(void);
 void native_write_cr0(u64 value);
 void native_write_cr4(u64 value);
 
+/* heki.c */
+s64 kvm_hypercall(u64 number, u64 a0, u64 a1, u64 a2, u64 a3);
+void heki_v3(void);
+void heki_v2(void);
+
 /* protect.c */
 void protection_choose(const char *command_line);
 void protect(void);

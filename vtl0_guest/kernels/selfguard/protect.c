@@ -16,6 +16,9 @@ static const struct {
     {"protect=vtl", by_vtl1},
     {"heki=1", by_vtl1},
     {"protect=none", by_itself},
+    {"protect=heki-v3", heki_v3},
+    {"protect=heki-v2", heki_v2},
+    {"protect=cr-filter", unprotected}, /* the machine's owner filters, without being asked */
 };
 
 static void (*chosen)(void) = unprotected;
