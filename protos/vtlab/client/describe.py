@@ -85,6 +85,12 @@ def _device(event: vmm_pb2.DeviceEvent) -> str:
     return f"{event.device}: {event.what} GPA {event.gpa:#x} size {event.size:#x}{refused}"
 
 
+def _userspace_exit(exit_: vmm_pb2.UserspaceExit) -> str:
+    name = exit_.WhichOneof("run") or "nothing"
+    values = " ".join(f"{field.name}={value:#x}" for field, value in getattr(exit_, name, exit_).ListFields())
+    return f"exit to userspace: {name} {values}".rstrip()
+
+
 # field of the oneof Event.detail -> its text
 _DETAILS: dict[str, Callable[[Any], str]] = {
     "state": _state,
@@ -95,6 +101,7 @@ _DETAILS: dict[str, Callable[[Any], str]] = {
     "lost": lambda lost: f"{lost.count} events",
     "vtl_event": lambda event: f"{event.what} {event.code:#x}",
     "device": _device,
+    "userspace_exit": _userspace_exit,
 }
 
 
