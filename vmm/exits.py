@@ -178,6 +178,7 @@ def _failure(_board: Board, _processor: Processor, exit_: Exit) -> Answer:
 _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "register_write": _deny,
     "startup": _deny,
+    "state_load": _deny,
     "msr": _msr,
     "memory_fault": _memory_fault,
     "hypercall": _hypercall,

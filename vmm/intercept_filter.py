@@ -38,6 +38,7 @@ def _msr(watched: Watched, exit_: Exit) -> bool:
 # kind -> is it VTL1's. Kinds that are not here are the VMM's.
 _TESTS: dict[str, Callable[[Watched, Exit], bool]] = {
     "register_write": lambda _watched, _exit: True,
+    "state_load": lambda _watched, _exit: True,
     "msr": _msr,
     "memory_fault": lambda _watched, exit_: not exit_.memory_fault.unmapped,
     "startup": lambda _watched, _exit: True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vtl1_monitor.policy.rules import Rules
+from vtl1_monitor.policy.schema import SmmMode
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 # Registers whose mask has a field of its own.
@@ -41,6 +42,8 @@ def intercept_filter(
     if rules.cr3 is not None:
         result.cr3_writes = True
         result.cr3_targets.extend(sorted(roots))
+    result.state_loads = True
+    result.no_smi = rules.lifecycle.smm is SmmMode.DENY
     for index, rule in sorted(rules.msrs.items()):
         if rule.mask:
             result.msr_writes.add(index=index, mask=rule.mask)
@@ -53,7 +56,7 @@ def _merge(into: vcpu_pb2.InterceptFilter, other: vcpu_pb2.InterceptFilter) -> N
     """Makes `into` exit on what either exits on."""
     for field in _MASKS.values():
         setattr(into, field, getattr(into, field) | getattr(other, field))
-    for field in (*_TABLES.values(), "cpuid", "hlt", "invlpg"):
+    for field in (*_TABLES.values(), "cpuid", "hlt", "invlpg", "state_loads", "no_smi"):
         setattr(into, field, getattr(into, field) or getattr(other, field))
     if other.cr3_writes:
         into.cr3_writes = True

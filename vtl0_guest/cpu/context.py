@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from vtl0_guest.cpu.control import ControlState
@@ -11,6 +12,7 @@ from vtl0_guest.cpu.environment import Environment, Seg
 from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
 from vtl0_guest.cpu.hyperv.virtual_processor import Partition, VirtualProcessor
 from vtl0_guest.cpu.intercepts import Intercepts
+from vtl0_guest.cpu.smm.mode import SystemManagement
 from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.x86.registers import Rflags
 
@@ -22,6 +24,10 @@ class Context:
     """One processor of one level.
 
     Attributes:
+        intercepts: the filter that is in force.
+        smm: system-management mode.
+        show_smram: to be called when it may have to show or hide.
+        left_smm: to be called when RSM has loaded its state.
         hyperv: synthetic interrupts, timers, clocks and pages.
         debug: DR0-DR3, DR6, DR7. They are the core's own: the engine never sees an armed breakpoint.
         shadows: MSRs that the core keeps for the guest and the engine does not have.
@@ -52,13 +58,34 @@ class Context:
         self.local_apic = platform.local_apic(vp_index)
         self.hyperv = VirtualProcessor(vp_index, partition, platform)
         self.hyperv.instant.watch = partial(engine.intercept, ExitCode.RDTSC)
-        self.intercepts = Intercepts()
+        self.intercepts = self._filter = Intercepts()
+        self.smm = SystemManagement()
+        self.show_smram: Callable[[], None] = lambda: None
+        self.left_smm: Callable[[], None] = lambda: None
         self.debug = [0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self.shadows = shadows
         self.trap_pending = False
         self.halted = False
         self.waits_for_startup = False
         self.repeat = False
+
+    def set_filter(self, intercepts: Intercepts) -> None:
+        """The filter from now on; inside SMM most of it waits for RSM."""
+        self._filter = intercepts
+        self.intercepts = intercepts.inside_smm() if self.smm.active else intercepts
+
+    def suspend_pins(self) -> None:
+        """SMI."""
+        self.intercepts = self._filter.inside_smm()
+
+    def resume_pins(self) -> None:
+        """RSM."""
+        self.intercepts = self._filter
+
+    @property
+    def state_loads_exit(self) -> bool:
+        """VTL1 wants to see what RSM is about to load."""
+        return self._filter.state_loads
 
     def device_at(self, gpa: int) -> MmioDevice | None:
         """What answers instead of memory at the page of a guest-physical address."""

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from vtl0_guest.cpu import hypercall_page, msrs, startup
@@ -23,11 +24,14 @@ from vtl0_guest.cpu.nested import (
     PRIVATE_BASE,
     REGION_SHIFT,
     SEALED_BASE,
+    SMRAM_BASE,
     WRITABLE_BASE,
     NestedTable,
     P,
 )
 from vtl0_guest.cpu.processor import Processor
+from vtl0_guest.cpu.smm import memory as smram
+from vtl0_guest.cpu.smm.memory import Smram
 from vtl0_guest.cpu.turns import Turns
 from vtlab import errors
 from vtlab.ram import PAGE_SIZE, Ram, RamFile
@@ -107,9 +111,12 @@ class Core:
             for file, view in ram.views.items()
         ]
         regions.append(Region(EXTRA_BASE, PAGE_SIZE, _address(self._overlay), False))
+        self._smram = Smram(self.nested)
+        regions.append(Region(SMRAM_BASE, smram.SIZE, _address(self._smram.buffer), True))
         views: list[memoryview | None] = [None] * 16
         for file, view in ram.views.items():
             views[_BASES[file] >> REGION_SHIFT] = memoryview(view)
+        views[SMRAM_BASE >> REGION_SHIFT] = memoryview(self._smram.buffer)
         views[EXTRA_BASE >> REGION_SHIFT] = memoryview(self._overlay).toreadonly()
         self._views = views
         self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
@@ -121,6 +128,7 @@ class Core:
             engine = Engine(regions, self.nested)
             shadows = msrs.initial_shadows()
             context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
+            context.show_smram = partial(self.show_smram, context)
             self._processors.append(Processor(self, context))
             self._hide_device_pages(context)
             if index:
@@ -141,6 +149,10 @@ class Core:
         """The other level of each processor runs guest code too, in another process. Raises OSError."""
         self.shares_state = True
         self.turns.levels = LevelTurns(turn_file, self.vtl, self.turns.preempt)
+
+    def show_smram(self, context: Context) -> None:
+        """What this processor sees at SMRAM's addresses; it is the one that has the turn."""
+        self._smram.show(self.platform.smram.shows(context.smm.active))
 
     def processor(self, vp_index: int) -> Processor:
         """Raises BadArgument for an index that the machine does not have."""
@@ -172,6 +184,7 @@ class Core:
         runs = list(zip(update.runs[::2], update.runs[1::2], strict=False))
         if len(update.runs) % 2 or any(first + count > self.nested.ram_pages for first, count in runs):
             raise errors.BadArgument("ProtectionUpdate.runs", f"not pairs within {self.nested.ram_pages:#x} pages")
+        self._smram.show(False)
         access = update.access
         none = not (access.read or access.write or access.kernel_execute or access.user_execute or access.page_table)
         file = _STORES.get(update.store)
@@ -235,6 +248,7 @@ class Core:
         """Places, moves or takes away the overlay. Raises BadArgument for a page outside RAM."""
         if update.enabled and update.gfn >= self.nested.ram_pages:
             raise errors.BadArgument(f"hypercall page {update.gfn:#x}", "is outside RAM")
+        self._smram.show(False)
         if self._overlay_page is not None:
             self.nested.restore(self._overlay_page, self._under_overlay)
             self._overlay_page = None
@@ -254,6 +268,8 @@ class Core:
         if system_physical >> REGION_SHIFT == EXTRA_BASE >> REGION_SHIFT:
             page = self._overlay_page
             return None if page is None else page << 12 | system_physical & 0xFFF
+        if system_physical >> REGION_SHIFT == SMRAM_BASE >> REGION_SHIFT:
+            return self._smram.gpa_of(system_physical)
         gpa = system_physical & (1 << REGION_SHIFT) - 1
         entry = self.nested.entry(gpa >> 12)
         return gpa if entry & P and entry & ADDRESS == system_physical & ADDRESS else None

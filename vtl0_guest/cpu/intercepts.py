@@ -12,7 +12,7 @@ class Intercepts:
     """One InterceptFilter, made fast to ask."""
 
     def __init__(self, message: vcpu_pb2.InterceptFilter | None = None) -> None:
-        message = message or vcpu_pb2.InterceptFilter()
+        self._message = message = message or vcpu_pb2.InterceptFilter()
         self._masks = {
             registers_pb2.REGISTER_NAME_CR0: message.cr0_mask,
             registers_pb2.REGISTER_NAME_CR4: message.cr4_mask,
@@ -36,8 +36,15 @@ class Intercepts:
             self._msr_writes[entry.index] = self._msr_writes.get(entry.index, 0) | entry.mask
         self._msr_reads = [range(item.first, item.first + item.count) for item in message.msr_reads]
         self._ports = [range(item.first, item.first + item.count) for item in message.ports]
+        self.state_loads, self.no_smi = message.state_loads, message.no_smi
         self.cpuid, self.hlt, self.invlpg = message.cpuid, message.hlt, message.invlpg
         self.user_hypercalls = message.user_hypercalls
+
+    def inside_smm(self) -> Intercepts:
+        """What of it holds in SMM: no pin of a register, table or MSR."""
+        kept = vcpu_pb2.InterceptFilter(ports=self._message.ports, no_smi=self.no_smi)
+        kept.cpuid, kept.hlt, kept.invlpg = self.cpuid, self.hlt, self.invlpg
+        return Intercepts(kept)
 
     def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:
         """CR0, CR4, EFER, XCR0: does a watched bit change, or would a pinned one be clear?"""

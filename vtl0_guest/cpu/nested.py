@@ -30,8 +30,8 @@ _ENTRIES = 512
 # regions that refuse stores lie where hardly any guest has code: the engine takes their addresses for virtual ones when
 # it decides whether a store may have changed code.
 REGION_SHIFT = 36
-WRITABLE_BASE, HIDDEN_BASE, NESTED_BASE, PRIVATE_BASE, EXTRA_BASE, SEALED_BASE = (
-    number << REGION_SHIFT for number in (0, 1, 2, 3, 14, 15)
+WRITABLE_BASE, HIDDEN_BASE, NESTED_BASE, PRIVATE_BASE, SMRAM_BASE, EXTRA_BASE, SEALED_BASE = (
+    number << REGION_SHIFT for number in (0, 1, 2, 3, 4, 14, 15)
 )
 MAX_RAM = 1 << REGION_SHIFT
 

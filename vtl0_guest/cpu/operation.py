@@ -26,6 +26,7 @@ class Operation:
         length: decoded length; 0 if unknown.
         code: instruction bytes.
         event: what was being delivered when the nested table refused its frame; RETRY delivers it again.
+        shuts_down: whatever is not committed is a shutdown: there is no instruction that could fault instead.
         stays_stopped: only a reset by a client goes on from here.
         message: what waits is no instruction, which is over, but a message that it sent: it goes on or is dropped.
     """
@@ -40,6 +41,7 @@ class Operation:
     stays_stopped: bool = False
     event: Event | None = None
     message: bool = False
+    shuts_down: bool = False
 
     @property
     def decidable(self) -> bool:

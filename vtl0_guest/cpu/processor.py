@@ -13,7 +13,7 @@ from unicorn import UcError
 from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, startup, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
-from vtl0_guest.cpu.devices.bus import MmioDevice
+from vtl0_guest.cpu.devices.bus import MmioDevice, SystemManagementInterrupt
 from vtl0_guest.cpu.environment import Gpr, Seg
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdown, general_protection, undefined_opcode
 from vtl0_guest.cpu.gates import Event
@@ -23,6 +23,7 @@ from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
 from vtl0_guest.cpu.nested import ADDRESS
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
+from vtl0_guest.cpu.smm import processor as smm
 from vtl0_guest.cpu.turns import Outcome
 from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.v1 import registers_pb2, vcpu_pb2
@@ -69,6 +70,7 @@ class Processor:
         self._stopped: Operation | None = None
         self._kicked = False
         self._output_due = False
+        self._smi_pending = False
         self._nmi_pending = False
         self._nmi_blocked = False
         # RIP and RSP of the IRET that ends an NMI's handler, from its exit until it has run.
@@ -86,6 +88,7 @@ class Processor:
         self._result: bytes | BaseException | None = None
         self._held: Operation | None = None
         context.hyperv.attend = self._ask
+        context.left_smm = self._left_smm
         self._reasons: dict[int, Callable[[], Operation | None]] = {
             Reason.EXIT: self._on_exit,
             Reason.IN: self._on_port,
@@ -109,6 +112,7 @@ class Processor:
             _SVM + ExitCode.SOFTWARE_INTERRUPT: self._on_software_interrupt,
             _SVM + ExitCode.ICEBP: self._on_software_interrupt,
             _SVM + ExitCode.IRET: self._on_iret,
+            _SVM + ExitCode.RSM: self._on_rsm,
             _SVM + ExitCode.PAUSE: self._on_pause,
         }
 
@@ -164,6 +168,9 @@ class Processor:
         """Replaces everything, as after a reset. Only while not running."""
         state.load(self._context, message)
         self._open = self._stopped = None
+        self._context.smm.reset()
+        self._context.resume_pins()
+        self._smi_pending = False
         self._forget_events()
         self._context.hyperv.reset()
         self._engine.flush_code()
@@ -196,6 +203,8 @@ class Processor:
         runtime, instant = hyperv.runtime, hyperv.instant
         runtime.start()
         instant.begin_turn()
+        if self._core.platform.smram.used:
+            self._context.show_smram()
         try:
             operation = None
             enter, self._entering = self._entering, None
@@ -267,7 +276,10 @@ class Processor:
 
     def _resolve(self, operation: Operation, resolution: vcpu_pb2.Resolution) -> Operation | None:
         try:
-            return self._resolver.resolve(operation, resolution)
+            after = self._resolver.resolve(operation, resolution)
+            if after is None and operation.exit.HasField("port"):
+                return self._device_exit()
+            return after
         except GuestFault as fault:
             return self._deliver(delivery.from_fault(fault, self._environment.rip))
         except NestedFault as fault:
@@ -361,7 +373,10 @@ class Processor:
             self._look_behind_iret()
         if self._engine.pending:
             self._engine.set_pending(False)  # before looking: what arrives from here on is a new request
-            taken = self._take_held() or self._take_startup() or self._take_interrupt()
+            taken = self._take_smi()
+            if taken is None and not context.smm.active:
+                taken = self._take_held() or self._take_startup()
+            taken = taken or self._take_interrupt()
             if taken is not None:
                 return taken
         if context.halted or context.waits_for_startup:
@@ -376,6 +391,41 @@ class Processor:
         if operation is not None:
             self._engine.set_pending(True)  # more may wait behind it
         return operation
+
+    def _take_smi(self) -> Operation | None:
+        """SMI comes before all others; inside SMM and before SIPI it waits, as INIT and NMI do inside."""
+        context = self._context
+        if self._core.platform.take_smi(context.vp_index):
+            self._smi_pending = True
+        if not self._smi_pending or context.smm.active or context.waits_for_startup:
+            return None
+        if self._environment.interrupt_shadow:
+            self._engine.set_pending(True)
+            return None
+        self._smi_pending = False
+        if context.intercepts.no_smi:
+            return None
+        nmi_blocked, self._nmi_blocked, self._iret = self._nmi_blocked, True, None
+        self._engine.intercept(ExitCode.IRET, False)
+        try:
+            smm.enter(context, nmi_blocked)
+        except Shutdown as shutdown:
+            return self._shutdown(shutdown)
+        return None
+
+    def _on_rsm(self) -> Operation | None:
+        """RSM: #UD outside SMM. What it loads may be for VTL1 to judge."""
+        if not self._context.smm.active:
+            raise undefined_opcode()
+        try:
+            return smm.resume(self._context)
+        except Shutdown as shutdown:
+            return self._shutdown(shutdown)
+
+    def _left_smm(self) -> None:
+        """NMIs are as they were before the SMI."""
+        self._nmi_blocked = self._context.smm.nmi_blocked
+        self._engine.intercept(ExitCode.IRET, self._nmi_blocked)
 
     def _take_startup(self) -> Operation | None:
         """INIT and SIPI. INIT of the boot processor, which would run firmware, is a request to reset the machine."""
@@ -419,7 +469,9 @@ class Processor:
         return self._deliver(Event(vector, None, self._environment.rip, external=True))
 
     def _synchronize(self) -> None:
-        """Code and nested rights that others changed."""
+        """Code and nested rights that others changed, and who sees SMRAM."""
+        if self._core.platform.smram.used:
+            self._context.show_smram()
         self._core.coherence.run(self._context.vp_index)
         nested = self._core.nested
         if nested.generation != self._nested_generation:
@@ -578,6 +630,10 @@ class Processor:
         value = self._core.platform.take_exit()
         if value is None:
             return None
+        if isinstance(value, SystemManagementInterrupt):
+            self._smi_pending = True
+            self._engine.set_pending(True)
+            return None
         if isinstance(value, vcpu_pb2.DebugExit):
             return Operation(vcpu_pb2.Exit(debug_exit=value))
         if isinstance(value, vcpu_pb2.PowerOff):
@@ -648,11 +704,14 @@ class Processor:
         try:
             delivery.deliver(self._environment, context.memory, event)
         except Shutdown as shutdown:
-            exit_ = vcpu_pb2.Exit(shutdown=vcpu_pb2.Shutdown(cause=str(shutdown)))
-            return Operation(exit_, stays_stopped=True)
+            return self._shutdown(shutdown)
         except NestedFault as fault:
             return self._delivery_refused(event, fault)
         return None
+
+    @staticmethod
+    def _shutdown(cause: Shutdown) -> Operation:
+        return Operation(vcpu_pb2.Exit(shutdown=vcpu_pb2.Shutdown(cause=str(cause))), stays_stopped=True)
 
     def _delivery_refused(self, event: Event, fault: NestedFault) -> Operation:
         operation = memory_faults.operation(self._context, None, fault, self._core.nested.ram_pages)

@@ -20,6 +20,9 @@ from vtlab.x86.registers import Vector
 if TYPE_CHECKING:
     from vtl0_guest.cpu.core import Core
 
+# All other answers to a state that is about to be loaded are a shutdown.
+_ENDS_STATE_LOAD = frozenset({vcpu_pb2.ACTION_COMMIT, vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET})
+
 
 class Resolver:
     """Applies one processor's enters."""
@@ -48,7 +51,7 @@ class Resolver:
             if kind == "protection":
                 self._core.protect(update.protection)
             elif kind == "intercepts":
-                self._context.intercepts = Intercepts(update.intercepts)
+                self._context.set_filter(Intercepts(update.intercepts))
                 self._context.engine.intercept(ExitCode.INVLPG, update.intercepts.invlpg)
                 self._context.local_apic.holds_startups = update.intercepts.startups
             elif kind == "invalidate_code":
@@ -111,6 +114,10 @@ class Resolver:
         """Ends an open exit. Raises GuestFault for what the guest takes; returns an operation that stays stopped."""
         if not operation.decidable:
             return None
+        if operation.shuts_down and resolution.action not in _ENDS_STATE_LOAD:
+            kind = operation.exit.WhichOneof("reason")
+            cause = f"{kind} refused: {resolution.reason or 'nobody allowed it'}"
+            return Operation(vcpu_pb2.Exit(shutdown=vcpu_pb2.Shutdown(cause=cause)), stays_stopped=True)
         try:
             action = self._actions[resolution.action]
         except KeyError:

@@ -7,7 +7,7 @@ from enum import IntFlag
 
 from vtl1_monitor.policy.bits import BITS
 from vtl1_monitor.policy.rules import MemoryRule, Rules, ValueRule
-from vtl1_monitor.policy.schema import Phase, Violation
+from vtl1_monitor.policy.schema import Phase, SmmMode, Violation
 from vtl1_monitor.rights import access_text
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import Service
@@ -45,6 +45,7 @@ def _lines(rules: Rules) -> Iterator[str]:
     if rules.guard_page_tables is not None:
         consequence = _CONSEQUENCE[rules.violation("page_tables")]
         yield f"page_tables: written by VTL1 only{_phase(rules.guard_page_tables)}; else {consequence}"
+    yield from _lifecycle_lines(rules)
     yield from _service_lines(rules)
 
 
@@ -83,6 +84,13 @@ def _memory_line(rule: MemoryRule) -> str:
 
 def _phase(phase: Phase) -> str:
     return " after the end of boot" if phase is Phase.END_OF_BOOT else ""
+
+
+def _lifecycle_lines(rules: Rules) -> Iterator[str]:
+    if rules.lifecycle.smm is SmmMode.DENY:
+        yield "smm: SMIs are dropped"
+    else:
+        yield f"smm: RSM loads what the rules of registers allow; else {rules.lifecycle.rsm_violation.value}"
 
 
 def _service_lines(rules: Rules) -> Iterator[str]:

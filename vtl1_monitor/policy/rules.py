@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from vtl1_monitor.policy.schema import MeasurementFailure, Phase, Violation
+from vtl1_monitor.policy.schema import Lifecycle, MeasurementFailure, Phase, Violation
 from vtl1_monitor.rights import PRIVATE_PAGE, Run
 from vtlab.services import Service
 
@@ -101,6 +101,7 @@ class Rules:
     patches: tuple[int, int] | None = None
     services: frozenset[Service] = frozenset(Service)
     actions: Mapping[str, Action] = field(default_factory=dict)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     def violation(self, rule: str) -> Violation:
         """What breaking a rule does."""

@@ -47,6 +47,20 @@ class Phase(Enum):
     END_OF_BOOT = "end_of_boot"
 
 
+class SmmMode(Enum):
+    """What an SMI does while VTL1 is enabled."""
+
+    SUSPEND = "suspend"
+    DENY = "deny"
+
+
+class StateViolation(Enum):
+    """What happens if a whole state that breaks a rule is about to be loaded."""
+
+    RESET = "reset"
+    HALT = "halt"
+
+
 class Execute(Enum):
     """Which privilege levels may fetch (TLFS: KMX below CPL3, UMX at CPL3)."""
 
@@ -229,6 +243,13 @@ class Violations(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class Lifecycle(Model):
+    """What becomes of the rules where the machine's own life would undo them (docs/lifecycle.md)."""
+
+    smm: Annotated[SmmMode, _by_value(SmmMode)] = SmmMode.SUSPEND
+    rsm_violation: Annotated[StateViolation, _by_value(StateViolation)] = StateViolation.RESET
+
+
 class Policy(Model):
     version: Literal[1]
     name: Name
@@ -237,6 +258,7 @@ class Policy(Model):
     memory: list[MemoryRule] = Field(default=[], max_length=MAX_RULES)
     page_tables: PageTables = PageTables()
     violation: Violations = Violations()
+    lifecycle: Lifecycle = Lifecycle()
     modules: Modules | None = None
     patches: Patches | None = None
     services: list[ServiceName] | None = Field(default=None, max_length=len(Service))

@@ -987,6 +987,8 @@ class InterceptFilter(_message.Message):
     USER_HYPERCALLS_FIELD_NUMBER: _builtins.int
     CR0_PINNED_FIELD_NUMBER: _builtins.int
     CR4_PINNED_FIELD_NUMBER: _builtins.int
+    STATE_LOADS_FIELD_NUMBER: _builtins.int
+    NO_SMI_FIELD_NUMBER: _builtins.int
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -1015,6 +1017,10 @@ class InterceptFilter(_message.Message):
     cr0_pinned: _builtins.int
     """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not."""
     cr4_pinned: _builtins.int
+    state_loads: _builtins.bool
+    """RSM exits with the state that it is about to load (StateLoad)."""
+    no_smi: _builtins.bool
+    """SMIs are dropped."""
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1049,10 +1055,12 @@ class InterceptFilter(_message.Message):
         user_hypercalls: _builtins.bool = ...,
         cr0_pinned: _builtins.int = ...,
         cr4_pinned: _builtins.int = ...,
+        state_loads: _builtins.bool = ...,
+        no_smi: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "no_smi", b"no_smi", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "state_loads", b"state_loads", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1994,6 +2002,8 @@ Global___Startup: _TypeAlias = Startup  # noqa: Y015
 class StateLoad(_message.Message):
     """A vCPU is to go on with a whole state that no judged write led to: all of it is judged at once. COMMIT: it goes on.
     STARTUP_END: RETRY fetches again, after an update; DENY and SKIP leave the vCPU as INIT does, waiting for SIPI.
+    RSM: nothing is loaded yet; every answer but COMMIT, HALT and RESET is a shutdown, since there is no instruction that could
+    fault instead. `state` has all MSRs, as they would be; `before` is what the vCPU held at the SMI.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -2002,9 +2012,14 @@ class StateLoad(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     BEFORE_FIELD_NUMBER: _builtins.int
     GPA_FIELD_NUMBER: _builtins.int
+    SMBASE_FIELD_NUMBER: _builtins.int
+    SMBASE_BEFORE_FIELD_NUMBER: _builtins.int
     cause: Global___StateLoadCause.ValueType
     gpa: _builtins.int
     """STARTUP_END: guest-physical address of the fetch."""
+    smbase: _builtins.int
+    """RSM: where the state-save area of the next SMI would be, and where it was at this one."""
+    smbase_before: _builtins.int
     @_builtins.property
     def state(self) -> _registers_pb2.ProcessorState:
         """What the vCPU would hold. MSRs that are not listed keep their values."""
@@ -2020,10 +2035,12 @@ class StateLoad(_message.Message):
         state: _registers_pb2.ProcessorState | None = ...,
         before: _registers_pb2.ProcessorState | None = ...,
         gpa: _builtins.int = ...,
+        smbase: _builtins.int = ...,
+        smbase_before: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "cause", b"cause", "gpa", b"gpa", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "cause", b"cause", "gpa", b"gpa", "smbase", b"smbase", "smbase_before", b"smbase_before", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

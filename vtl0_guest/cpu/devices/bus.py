@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from vtl0_guest.cpu.devices.local_apic import LocalApic, Startup
     from vtl0_guest.cpu.devices.pic import PicPair
     from vtl0_guest.cpu.devices.serial import SerialPorts
+    from vtl0_guest.cpu.devices.system_management import SmramControl
+
+
+class SystemManagementInterrupt:
+    """A device asks for SMI on the processor that has just accessed it."""
+
 
 # What a device can end a run with.
-DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest | vcpu_pb2.PowerOff
+DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest | vcpu_pb2.PowerOff | SystemManagementInterrupt
 
 
 class GeneralProtection(Exception):
@@ -131,6 +137,7 @@ class Platform:
         serial: COM1 and COM2.
         pic: the two 8259.
         lines: the ISA interrupt lines; the VMM's devices pulse them.
+        smram: when SMRAM shows.
         on_wake: called with a vCPU index when an interrupt or NMI may have become deliverable there. Spurious calls
             happen. Runs on the thread that caused it.
         on_deadline: called when next_deadline() may have changed.
@@ -147,8 +154,10 @@ class Platform:
         lines: IsaLines,
         local_apics: Iterable[LocalApic],
         timed: Iterable[TimedDevice],
+        smram: SmramControl,
     ) -> None:
         self.clock = clock
+        self.smram = smram
         self.serial = serial
         self.mmio = dict(mmio)
         self.pic = pic
@@ -206,8 +215,13 @@ class Platform:
         with self._guard:
             return self._local_apics[vp_index].take_nmi()
 
+    def take_smi(self, vp_index: int) -> bool:
+        """True once for the SMIs that a local APIC received."""
+        with self._guard:
+            return self._local_apics[vp_index].take_smi()
+
     def urgent(self, vp_index: int) -> bool:
-        """An NMI, INIT or SIPI waits, which RFLAGS.IF does not hold back."""
+        """An SMI, NMI, INIT or SIPI waits, which RFLAGS.IF does not hold back."""
         return self._local_apics[vp_index].urgent
 
     def take_startup(self, vp_index: int) -> tuple[bool, int | None]:

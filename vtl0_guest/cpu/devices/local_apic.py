@@ -94,6 +94,7 @@ class LocalApic:
             Register.LDR: self._ldr,
         }
         self.apic_base = DEFAULT_BASE | BASE_ENABLED | (0 if vp_index else BASE_BSP)
+        self._smi = False
         self._init = False
         self._startup: int | None = None
         self.holds_startups = False
@@ -169,8 +170,13 @@ class LocalApic:
 
     @property
     def urgent(self) -> bool:
-        """An NMI, INIT or SIPI waits."""
-        return self._nmi or self._init or self._startup is not None or bool(self.held_startups)
+        """An SMI, NMI, INIT or SIPI waits."""
+        return self._smi or self._nmi or self._init or self._startup is not None or bool(self.held_startups)
+
+    def take_smi(self) -> bool:
+        """True once for the SMIs received so far."""
+        taken, self._smi = self._smi, False
+        return taken
 
     def take_startup(self) -> tuple[bool, int | None]:
         """INIT, and the vector of a SIPI that came after it or alone."""
@@ -208,7 +214,7 @@ class LocalApic:
         self._guard.wake(self.vp_index)
 
     def receive(self, delivery: int, vector: int, level: bool = False, *, decided: bool = False) -> None:
-        """An interrupt message arrives; SMI and ExtINT are dropped. `decided`: INIT and SIPI are not held again."""
+        """An interrupt message arrives; ExtINT is dropped. `decided`: INIT and SIPI are not held again."""
         if not self.enabled:
             return
         if self.holds_startups and not decided and delivery in _STARTUPS:
@@ -216,6 +222,8 @@ class LocalApic:
             return
         if delivery == Delivery.NMI:
             self._nmi = True
+        elif delivery == Delivery.SMI:
+            self._smi = True
         elif delivery == Delivery.INIT:
             self._init, self._startup = True, None
         elif delivery == Delivery.STARTUP:

@@ -11,6 +11,7 @@ from vtl0_guest.cpu.devices import (
     reset_ports,
     rtc,
     serial,
+    system_management,
 )
 from vtl0_guest.cpu.devices.bus import Guard, MmioDevice, Platform, PortDevice, TimedDevice
 from vtl0_guest.cpu.devices.clock import Clock, HostClock
@@ -41,6 +42,13 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
     uarts = [serial.Uart(base, lines.line(irq), clock) for base, irq in serial.PORTS]
     debug_port = debug_exit.DebugExitPort(guard)
     delay = reset_ports.DelayPort()
+    smram = system_management.SmramControl()
+    smi = system_management.SystemManagementPorts(guard)
+    smi_enable = system_management.SMI_ENABLE
+    config = (
+        system_management.CONFIG_ADDRESS,
+        *range(system_management.CONFIG_DATA, system_management.CONFIG_DATA + 4),
+    )
     ports: dict[int, PortDevice] = {
         **dict.fromkeys(PicPair.PORTS, pic),
         **dict.fromkeys((*pit.PORTS, pit.SYSTEM_CONTROL_B), timer),
@@ -49,6 +57,9 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
         **dict.fromkeys(range(debug_exit.FIRST_PORT, debug_exit.FIRST_PORT + debug_exit.PORT_COUNT), debug_port),
         **dict.fromkeys(reset_ports.DELAY_PORTS, delay),
         **dict.fromkeys(power_management.PORTS, power),
+        **dict.fromkeys(config, smram),
+        **dict.fromkeys((system_management.APM_CONTROL, system_management.APM_STATUS), smi),
+        **dict.fromkeys(range(smi_enable, smi_enable + 4), smi),
         reset_ports.SYSTEM_CONTROL_A: reset_ports.SystemControlA(guard),
         reset_ports.RESET_CONTROL: reset_ports.ResetControl(guard),
     }
@@ -56,4 +67,4 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
         ports |= dict.fromkeys(range(base, base + 8), uart)
     timed: list[TimedDevice] = [timer, cmos, power, *(apic.timer for apic in local_apics)]
     mmio: dict[int, MmioDevice] = {ioapic.BASE: io_apic}
-    return Platform(guard, clock, ports, mmio, serial.SerialPorts(uarts, guard), pic, lines, local_apics, timed)
+    return Platform(guard, clock, ports, mmio, serial.SerialPorts(uarts, guard), pic, lines, local_apics, timed, smram)

@@ -60,9 +60,11 @@ def hlt(context: Context, _instruction: Instruction) -> Operation | None:
 def hypercall(context: Context, instruction: Instruction) -> Operation | None:
     """VMCALL or VMMCALL: for the machine at CPL0 in protected mode, or wherever the filter wants it; else #UD.
 
-    Forms with prefixes are #UD too.
+    Forms with prefixes are #UD too, and all inside SMM: pins are suspended there, and VTL1 would take what it sees for
+    VTL0's own state.
     """
-    if not (context.environment.kernel or context.intercepts.user_hypercalls) or instruction.len != 3:
+    reaches = context.environment.kernel or context.intercepts.user_hypercalls
+    if not reaches or instruction.len != 3 or context.smm.active:
         raise undefined_opcode()
 
     def complete(value: int) -> None:
@@ -105,7 +107,7 @@ def software_interrupt(context: Context, instruction: Instruction) -> Event | No
 
 
 def undefined(_context: Context, _instruction: Instruction) -> Operation | None:
-    """SVM instructions, MONITOR, MWAIT, RSM outside SMM, RDPMC: this processor does not have them."""
+    """SVM instructions, MONITOR, MWAIT: this processor does not have them."""
     raise undefined_opcode()
 
 

@@ -49,7 +49,6 @@ TABLE: dict[int, Row] = {
     ExitCode.RDTSC: _row(system.rdtsc, Mnemonic.RDTSC, Mnemonic.RDTSCP),
     ExitCode.RDPMC: _row(system.rdpmc, Mnemonic.RDPMC),
     ExitCode.CPUID: _row(system.cpuid, Mnemonic.CPUID),
-    ExitCode.RSM: _row(system.undefined),
     ExitCode.INVD: _row(system.nothing, Mnemonic.INVD, Mnemonic.WBINVD),
     ExitCode.HLT: _row(system.hlt, Mnemonic.HLT),
     ExitCode.INVLPG: _row(system.invlpg, Mnemonic.INVLPG),

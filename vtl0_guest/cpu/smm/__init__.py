@@ -1,0 +1,1 @@
+"""System-management mode: its memory, its save area, entering and leaving it."""
