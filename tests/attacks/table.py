@@ -10,6 +10,7 @@ from vtlab_attacks import (
     processor_tables,
     resets,
     secure_memory,
+    smm,
 )
 from vtlab_attacks.evidence import Attack, Control, Transition
 
@@ -22,5 +23,5 @@ ATTACKS: list[Attack] = [
 ]
 CONTROLS: list[Control] = controls.CONTROLS
 # What may come before an attack, and the attacks on it. The demo leaves them out.
-TRANSITIONS: list[Transition] = [*resets.TRANSITIONS]
-TRANSITION_ATTACKS: list[Attack] = [*resets.TRANSITION_ATTACKS]
+TRANSITIONS: list[Transition] = [*resets.TRANSITIONS, *smm.TRANSITIONS]
+TRANSITION_ATTACKS: list[Attack] = [*resets.TRANSITION_ATTACKS, *smm.TRANSITION_ATTACKS]

@@ -159,6 +159,14 @@ class Driver:
         """A VTL call. Raises GuestFault, GuestRefusal."""
         return parse(self.command(f"vtl {int(service):#x} {a:#x} {b:#x} {c:#x}"))
 
+    def smi(self, command: int, value: int = 0, address: int = 0) -> int:
+        """An SMI; returns how many there have been. Raises GuestRefusal if no handler is installed."""
+        return parse(self.command(f"smi {command} {value:#x} {address:#x}"))
+
+    def sleep(self, state: int, ticks: int) -> int:
+        """Suspends the machine for so many timer interrupts: to idle (0) or to RAM (3). Raises GuestRefusal."""
+        return parse(self.command(f"sleep {state} {ticks}"))
+
     def hypercall(self, control: int, rdx: int = 0, r8: int = 0) -> int:
         """A hypercall through the hypercall page; returns RAX (status in bits 15:0). Raises GuestFault."""
         return parse(self.command(f"hypercall {control:#x} {rdx:#x} {r8:#x}"))

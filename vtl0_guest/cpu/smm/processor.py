@@ -82,7 +82,11 @@ def resume(context: Context) -> Operation | None:
         smbase_before=context.smm.base_before,
     )
     # What SMM keeps in MSRs of its own; these come from the area.
-    loaded = {Msr.EFER: saved.state.registers.efer, Msr.FS_BASE: saved.state.fs.base, Msr.GS_BASE: saved.state.gs.base}
+    loaded: dict[int, int] = {
+        Msr.EFER: saved.state.registers.efer,
+        Msr.FS_BASE: saved.state.fs.base,
+        Msr.GS_BASE: saved.state.gs.base,
+    }
     for entry in present.msrs:
         message.state.msrs.add(index=entry.index, value=loaded.get(entry.index, entry.value))
     return Operation(vcpu_pb2.Exit(state_load=message), lambda _value: _leave(context, saved), shuts_down=True)

@@ -106,6 +106,13 @@ s64 load_module(const char *name);
 /* reset.c */
 s64 reset_machine(const char *name);
 
+/* smm.c */
+void smm_init(void);
+s64 smi(u64 command, u64 value, u64 address);
+
+/* sleep.c */
+s64 suspend_to_idle(u64 duration);
+
 /* text_poke.c */
 s64 text_poke(u64 address, const void *bytes, u64 size);
 

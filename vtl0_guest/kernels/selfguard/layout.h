@@ -27,7 +27,9 @@
 #define SYS_VTL_CALL 10  /* (service, a, b, c) */
 #define SYS_HYPERCALL 11 /* (control, rdx, r8) */
 #define SYS_RESET 12      /* (name, length): does not come back */
-#define SYS_COUNT 13
+#define SYS_SMI 13        /* (command, value, address): to the SMI handler */
+#define SYS_SLEEP 14      /* (state 0 or 3, ticks): suspends the machine; returns when it is awake */
+#define SYS_COUNT 15
 
 #define EPERM 1
 #define ENOENT 2

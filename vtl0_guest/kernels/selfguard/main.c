@@ -42,6 +42,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     syscalls_init();
     interrupts_init();
     console_init();
+    smm_init();
     driver_init();
     protect();
     log("selfguard: %s\n", guarded ? "guarded by VTL1" : "not guarded");

@@ -95,6 +95,16 @@ static s64 sys_reset(u64 name, u64 size, u64 c, u64 d) {
     return status < 0 ? status : reset_machine(text);
 }
 
+static s64 sys_smi(u64 command, u64 value, u64 address, u64 d) {
+    (void)d;
+    return smi(command, value, address);
+}
+
+static s64 sys_sleep(u64 state, u64 duration, u64 c, u64 d) {
+    (void)c, (void)d;
+    return state == 0 ? suspend_to_idle(duration) : -EINVAL;
+}
+
 static s64 sys_patch(u64 address, u64 bytes, u64 size, u64 d) {
     u8 code[8];
     (void)d;
@@ -126,7 +136,8 @@ static s64 (*const table[SYS_COUNT])(u64, u64, u64, u64) = {
     [SYS_MODULE] = sys_module,       [SYS_PATCH] = sys_patch,
     [SYS_CONTROL] = sys_control,     [SYS_MAP] = sys_map,
     [SYS_VTL_CALL] = vtl_call,       [SYS_HYPERCALL] = sys_hypercall,
-    [SYS_RESET] = sys_reset,
+    [SYS_RESET] = sys_reset,         [SYS_SMI] = sys_smi,
+    [SYS_SLEEP] = sys_sleep,
 };
 
 struct request {

@@ -172,6 +172,10 @@ static void do_reset(void) {
     put_status(system_call(SYS_RESET, (u64)way, length(way), 0, 0));
 }
 
+static void do_smi(void) { put_status(system_call(SYS_SMI, number(1), number(2), number(3), 0)); }
+
+static void do_sleep(void) { put_status(system_call(SYS_SLEEP, number(1), number(2), 0, 0)); }
+
 static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
 
 static const struct {
@@ -180,7 +184,7 @@ static const struct {
 } commands[] = {
     {"ping", do_ping}, {"read", do_read},     {"write", do_write}, {"copy", do_copy},       {"call", do_call}, {"user", do_user},
     {"ticks", do_ticks}, {"module", do_module}, {"patch", do_patch}, {"control", do_control}, {"map", do_map},   {"vtl", do_vtl},
-    {"hypercall", do_hypercall}, {"reset", do_reset},
+    {"hypercall", do_hypercall}, {"reset", do_reset},     {"smi", do_smi},         {"sleep", do_sleep},
 };
 
 static void split(void) {
