@@ -20,7 +20,7 @@ from vtl1_monitor.policy.schema import Phase
 from vtl1_monitor.policy.text import PolicyText
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.secrets import Secrets
-from vtl1_monitor.state_judge import judge_state
+from vtl1_monitor.state_load import judge_load
 from vtl1_monitor.table_guard import TableGuard
 from vtl1_monitor.verdicts import VerdictLog
 from vtlab.errors import WrongState
@@ -169,7 +169,7 @@ class Machine:
         locked = self.processors[vp_index].locked
         rules = self.rules if locked else self.rules_before_lock
         if exit_.HasField("state_load"):
-            verdict = judge_state(rules, self, exit_.state_load)
+            verdict = judge_load(rules, self, exit_.state_load)
         else:
             verdict = judge(rules, self, exit_)
         if not verdict.allowed and exit_.origin != vcpu_pb2.ORIGIN_CLIENT:
