@@ -24,7 +24,7 @@ from vmm.vtl import VTL0, VTL1, PartitionVtl
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, VsmProfile
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import RegisterName, RegisterValue
-from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, PageAccess, ProtectionUpdate, Resolution, Update
+from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, PageAccess, ProtectionUpdate, Resolution, StandDown, Update
 from vtlab.v1.vmm_pb2 import MachineSpec, MachineState
 
 if TYPE_CHECKING:
@@ -38,12 +38,14 @@ _ALL = PageAccess(read=True, write=True, kernel_execute=True, user_execute=True)
 class Ending(NamedTuple):
     """Why a vCPU is not entered again, and what becomes of the machine: STOPPED, FAILED, or RUNNING after a reset.
 
-    UNSPECIFIED: the machine itself asked its threads to end.
+    UNSPECIFIED: the machine itself asked its threads to end. With `stand_down`, RUNNING is no reset: the kernel that
+    VTL1 put into memory goes on.
     """
 
     state: MachineState.ValueType
     reason: str
     debug_exit: int | None = None
+    stand_down: StandDown | None = None
 
 
 # What handling an exit gives: the next enter, or the end.
@@ -72,12 +74,18 @@ def reset_wanted(spec: MachineSpec, reason: str) -> Ending:
     return stopped(reason) if spec.stop_on_reset else Ending(vmm_pb2.MACHINE_STATE_RUNNING, reason)
 
 
+def succeeded(stand_down: StandDown) -> Ending:
+    """VTL1 gave the machine up to the next kernel."""
+    return Ending(vmm_pb2.MACHINE_STATE_RUNNING, stand_down.reason, stand_down=stand_down)
+
+
 @dataclass(slots=True)
 class Board:
     """Attributes are named for what they are; `monitor` is None where the machine has no VTL1.
 
     `design` is how the guest may protect itself. `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code,
     else None. `serving` is held while an exit is served: the vCPUs' threads change the rest of this one at a time.
+    `over`: VTL1 stood down, no exit is served now.
     """
 
     vm: str
@@ -96,6 +104,7 @@ class Board:
     profile: VsmProfile = DEFAULT_PROFILE
     upper_msrs: SyntheticMsrs | None = None
     serving: threading.RLock = field(default_factory=threading.RLock)
+    over: bool = False
 
     @property
     def guest_code(self) -> bool:

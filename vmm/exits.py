@@ -14,7 +14,7 @@ from vmm.hyperv_msrs import GeneralProtectionError, ResetRequestError
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
 from vmm.vtl_switch import SKIP
-from vtlab.errors import GuestMisbehaved
+from vtlab.errors import Cancelled, GuestMisbehaved
 from vtlab.hyperv.cpuid import HYPERVISOR_LEAVES
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
 from vtlab.v1.vcpu_pb2 import Exit, Resolution
@@ -40,9 +40,12 @@ def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
 
     Raises:
         GuestMisbehaved: an exit that this level cannot make.
+        Cancelled: it comes from before VTL1 stood down.
         VtlabError: VTL1 did not answer, or what it wants cannot be done.
     """
     with board.serving:
+        if board.over:
+            raise Cancelled(f"vCPU {processor.index}", "VTL1 stood down")
         vtl = processor.vtl.active
         if exit_.serial:
             board.record_serial(processor, vtl, exit_)

@@ -6,6 +6,7 @@ The state has one owner, this class, under one lock. A vCPU that ends reports he
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import stat
@@ -30,12 +31,20 @@ from vmm.processor import Processor
 from vmm.run_loop import run
 from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
-from vtlab.errors import NotFound, TimedOut, VtlabError
+from vtlab.errors import BadImage, NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
 from vtlab.ram import create_turn_file
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
-from vtlab.v1.vcpu_pb2 import AttachRequest, BootImage, BootModule, InvalidateCode, ReferenceClock, Update
+from vtlab.v1.vcpu_pb2 import (
+    AttachRequest,
+    BootImage,
+    BootModule,
+    InvalidateCode,
+    ReferenceClock,
+    StandDown,
+    Update,
+)
 from vtlab.v1.vmm_pb2 import DeviceEvent, HijackRequest, MachineSpec, MachineState
 
 _log = logging.getLogger(__name__)
@@ -98,7 +107,7 @@ class Machine:
             if self._guest_code:
                 create_turn_file(directory)
             self._board = self._new_board()
-            self._attach()
+            self._attach(self._image)
         except BaseException:
             self._forget()
             raise
@@ -239,7 +248,9 @@ class Machine:
                 self._break(ending.reason)
                 return
             try:
-                if operation is Operation.GUEST_RESETS:
+                if ending.stand_down is not None:
+                    self._succeed(ending.stand_down)
+                elif operation is Operation.GUEST_RESETS:
                     self._renew(keep=self.spec.keep_memory_on_reset and not board.vtl.zeroes_memory)
                 else:
                     self._stop_threads()
@@ -258,10 +269,25 @@ class Machine:
         self._detach()
         self._design.reset()
         self._memory.reset(keep=keep)
+        self._begin("reset", self._image)
+
+    def _succeed(self, stand_down: StandDown) -> None:
+        """kexec: both levels forget the kernel before; the one that VTL1 put into memory starts with the state it gave.
+
+        Every register, device and translation of the processors is new, so nothing of VTL0's reaches the next kernel
+        but memory that VTL0 could read.
+        """
+        self._stop_threads()
+        self._detach()
+        self._memory.reset(keep=True)
+        self._begin("kexec", self._place_successor(stand_down), stand_down.entry)
+
+    def _begin(self, what: str, image: BootImage, start: ProcessorState | None = None) -> None:
+        """The next generation, running. Nothing runs and both levels have let go."""
         self._generation += 1
         self._board = self._new_board()
-        self._attach()
-        self._board.log_vtl(self._board.processors[0], VTL0, "reset")
+        self._attach(image, start)
+        self._board.log_vtl(self._board.processors[0], VTL0, what)
         self._spawn()
         self._board.gate.release()
 
@@ -342,11 +368,23 @@ class Machine:
         boot.modules.extend(modules)
         return boot
 
+    def _place_successor(self, stand_down: StandDown) -> BootImage:
+        """The kernel's file out of memory. Raises BadImage if it is not the one that VTL1 means."""
+        places = zip(stand_down.image[::2], stand_down.image[1::2], strict=True)
+        data = b"".join(self._memory.read(gpa, size) for gpa, size in places)
+        if hashlib.sha256(data).digest() != stand_down.image_sha256:
+            raise BadImage("next kernel", "is not what VTL1 verified")
+        path = self._directory / "successor"
+        path.unlink(missing_ok=True)  # what a level has open stays as it was
+        path.write_bytes(data)
+        path.chmod(0o644)
+        return BootImage(path=path.name, sha256=stand_down.image_sha256, format=vcpu_pb2.IMAGE_FORMAT_DETECT)
+
     def _levels(self) -> list[Level]:
         """VTL1 first: it must be there, with the image, before VTL0 can run."""
         return [level for level in (self._monitor, self._guest) if level is not None]
 
-    def _attach(self) -> None:
+    def _attach(self, image: BootImage, start: ProcessorState | None = None) -> None:
         reference: ReferenceClock | None = None
         for level in self._levels():
             response = level.attach(
@@ -357,10 +395,11 @@ class Machine:
                     vp_count=self.spec.vp_count,
                     ram_size=self.spec.ram_size,
                     memory_directory=str(self._directory),
-                    image=self._image,
+                    image=image,
                     personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
                     reference=reference,
                     local_apic_enabled=self._board.profile.local_apic_enabled,
+                    start=start,
                 )
             )
             if response is not None and response.HasField("reference"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from vmm.board import Answer, Board, reset_wanted, stopped
+from vmm.board import Answer, Board, reset_wanted, stopped, succeeded
 from vmm.intercept_filter import Watched
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, may_call
@@ -77,6 +77,8 @@ def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
 def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
     """Has VTL1 judge an exit of VTL0."""
     answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT, intercept=exit_))
+    if answer.HasField("stand_down"):
+        raise GuestMisbehaved(f"VTL1 of {board.vm}", "stands down though no VTL call asked for it")
     resolution = answer.resolution
     board.events.record(
         vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, exit_.sequence, weight=512
@@ -101,6 +103,10 @@ def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> A
     code = exit_.registers.rdi
     board.log_vtl(processor, VTL0, "call", code)
     answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL, registers=exit_.registers))
+    if answer.HasField("stand_down"):
+        board.over = True
+        board.log_vtl(processor, VTL1, "stand-down", code)
+        return succeeded(answer.stand_down)
     take_updates(board, processor, answer)
     board.log_vtl(processor, VTL1, "return", code)
     if answer.resolution.action in (vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET):

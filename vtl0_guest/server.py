@@ -35,7 +35,7 @@ class CoreLevel:
     """
 
     def __init__(self, request: vcpu_pb2.AttachRequest) -> None:
-        """Boots the image of the request.
+        """Boots the image of the request, or what is in memory already (AttachRequest.start).
 
         Raises:
             BadArgument: the memory files are not there or have another size.
@@ -47,7 +47,7 @@ class CoreLevel:
         except (OSError, ValueError) as error:
             raise BadArgument("memory_directory", str(error)) from None
         try:
-            state = _load(request, folder, self._ram)
+            state = request.start if request.HasField("start") else _load(request, folder, self._ram)
             self._platform = build_platform(request.vp_count, request.ram_size)
             self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
             if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:

@@ -12,6 +12,7 @@ from vtl1_monitor import api, rights
 from vtl1_monitor.api import CodeRule
 from vtl1_monitor.filter import intercept_filter
 from vtl1_monitor.judge import Verdict, judge
+from vtl1_monitor.kexec_image import KexecModule
 from vtl1_monitor.memory import GuestMemory
 from vtl1_monitor.policy.image import BootImage
 from vtl1_monitor.policy.render import render
@@ -48,6 +49,25 @@ class Kdata:
     def signers(self) -> list[x509.Certificate]:
         """Certificates that may sign modules."""
         return [one for one in self.certificates if (one.issuer.public_bytes(), one.serial_number) not in self.revoked]
+
+
+@dataclass(frozen=True)
+class Successor:
+    """A verified kernel image, sealed.
+
+    Attributes:
+        runs: its pages, those of its list, and those kept for what it will lie on.
+        file: (gpa, size) of the signed file, in order.
+        sha256: of the signed file.
+        modules: what it will find.
+        kept: (gpa, size) for what it will lie on; None without.
+    """
+
+    runs: tuple[Run, ...]
+    file: tuple[tuple[int, int], ...]
+    sha256: bytes
+    modules: tuple[KexecModule, ...]
+    kept: tuple[int, int] | None
 
 
 @dataclass
@@ -103,6 +123,8 @@ class Machine:
         self.kdata = Kdata()
         self.modules: dict[int, list[tuple[ModuleType, Run]]] = {}
         self.next_token = 1
+        # By purpose: kexec (False) and kdump (True).
+        self.successors: dict[bool, Successor] = {}
         self.grants: list[Action] = []
         # CR0, CR4 and EFER of the first vCPU that was locked, by register name.
         self.locked_values: dict[int, int] = {}
@@ -303,10 +325,15 @@ class Machine:
             self.closed = True
             self.turn.notify_all()
             self._wipe()
+            self.verdicts.close()
+
+    def stand_down(self) -> None:
+        """VTL1 has no secret any more, and answers nothing: the machine is the next kernel's."""
+        self.break_down("VTL1 stood down")
+        self._wipe()
 
     def _wipe(self) -> None:
         self.secrets.wipe()
         private = self.memory.ram.views[RamFile.PRIVATE]
         for rule in self.rules.private:
             private[rule.run.first * PAGE_SIZE : rule.run.end * PAGE_SIZE] = bytes(rule.run.pages * PAGE_SIZE)
-        self.verdicts.close()

@@ -97,6 +97,9 @@ class PolicyProcessor:
 
     def _returned(self, call: Call, result: int) -> vcpu_pb2.Exit:
         self._call = None
+        if call.stand_down is not None:
+            answer = vcpu_pb2.VtlReturn(stand_down=call.stand_down)
+            return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, vtl_return=answer)
         if call.service == _GUARD:
             return self._vtl_return(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT), call.updates)
         r8 = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_R8, value=result % (1 << 64))

@@ -43,6 +43,11 @@ class Service(IntEnum):
     """(token): init sections become ordinary memory, ro_after_init becomes read-only."""
     UNLOAD_MODULE = 0x1FFE8
     """(token): all memory of the module becomes ordinary memory."""
+    KEXEC_VALIDATE = 0x1FFEA
+    """(pa of a HEKI_PAGE, number of ranges, crash): attributes are KexecType. Seals a signed kernel image for
+    KEXEC_EXECUTE; what was sealed for the same purpose before is ordinary memory again. pa 0: only that."""
+    KEXEC_EXECUTE = 0x1FF06
+    """(crash): VTL1 starts the image that it sealed, and stands down. Comes back only where it refuses."""
     PATCH_TEXT = 0x1FFEB
     """(pa of a HEKI_PATCH, pa of the page its rest is in or 0): writes one listed patch into sealed text."""
 
@@ -120,6 +125,38 @@ class ModuleType(IntEnum):
     INIT_DATA = 5
     INIT_RODATA = 6
     ELF = 7
+
+
+class KexecType(IntEnum):
+    """Attributes of KEXEC_VALIDATE. One KIMAGE of at most a page; KERNEL ranges are taken together, in order."""
+
+    KIMAGE = 0
+    """KEXEC_KIMAGE, then KEXEC_MODULE for each: what the next kernel finds as multiboot modules. Not signed: a kernel
+    does not trust them."""
+    KERNEL = 1
+    """The signed image: KEXEC_HEADER, command line, an ELF kernel, a signature as of a module file over all of it."""
+    PAGES = 2
+    """For crash: where what the next kernel will lie on is kept, in one piece."""
+
+
+MAX_KEXEC_SIZE = 64 << 20
+"""Bytes of a signed kernel image."""
+KEXEC_MAGIC = b"vtlab kexec 1\0\0\0"
+KEXEC_HEADER = Struct("<16sIII4x")
+"""KEXEC_MAGIC; version, which may not be below the policy's; KexecEntry; bytes of the command line that follows, padded
+with zeros to a multiple of 8. The ELF file is behind it."""
+KEXEC_KIMAGE = Struct("<Q8x")
+"""Number of modules, at most KEXEC_MODULES."""
+KEXEC_MODULE = Struct("<QQ32s")
+"""First byte, byte after the last, command line padded with NULs."""
+KEXEC_MODULES = 64
+
+
+class KexecEntry(IntEnum):
+    """How a kernel image is entered."""
+
+    MULTIBOOT = 1
+    """32-bit protected mode without paging, EAX and EBX as of multiboot 1."""
 
 
 MODULE_SIGNATURE_MAGIC = b"~Module signature appended~\n"

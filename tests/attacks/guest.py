@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 from vtlab.client import Lab, Machine, filters
 from vtlab.client.driver import READY, Driver
 from vtlab.client.symbols import Symbols
+from vtlab_attacks.kernels import file, images, kernel, kernel_symbols
 
 RAM = 64 << 20
 BOOT_TIMEOUT = 30.0  # seconds
-KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
 
 
 @dataclass(frozen=True)
@@ -34,27 +31,17 @@ class Guest:
 _PROTECT = {"mmio-device": "mmio"}
 
 
-def _file(name: str) -> Path:
-    return Path(str(files(KERNELS).joinpath("selfguard", name)))
-
-
-@cache
-def kernel_symbols() -> Symbols:
-    """Of the prebuilt kernel."""
-    return Symbols(_file("selfguard.elf"))
-
-
 def tampered(module: bytes) -> bytes:
     """A signed module with one bit of its code changed: the value that its entry returns."""
     at = module.index(bytes.fromhex("0d60"))
     return module[:at] + bytes([module[at] ^ 1]) + module[at + 1 :]
 
 
-def modules() -> list[tuple[bytes, str]]:
-    """What the guest's module command can load, by name."""
-    signed = _file("module.signed.elf").read_bytes()
-    unsigned = _file("module.elf").read_bytes()
-    return [(signed, "good"), (unsigned, "unsigned"), (tampered(signed), "tampered")]
+def modules(command_line: str = "heki=1") -> list[tuple[bytes, str]]:
+    """What the guest's commands can load, by name: modules, and kernels that are told the same as this one."""
+    signed = file("module.signed.elf").read_bytes()
+    unsigned = file("module.elf").read_bytes()
+    return [(signed, "good"), (unsigned, "unsigned"), (tampered(signed), "tampered"), *images(command_line)]
 
 
 @contextmanager
@@ -69,12 +56,13 @@ def boot(lab: Lab, protected: bool, vp_count: int = 1, design: str = "vtl") -> I
         TimedOut, WrongState: the guest did not come up; its log is in the message.
     """
     symbols = kernel_symbols()
+    line = f"protect={_PROTECT.get(design, design)}" if protected else "heki=0"
     with lab.create(
-        symbols.image,
+        kernel(),
         ram=RAM,
         vp_count=vp_count,
-        command_line=f"protect={_PROTECT.get(design, design)}" if protected else "heki=0",
-        modules=modules(),
+        command_line=line,
+        modules=modules(line),
         design=design,
         filters=filters.pinning() if protected and design == "cr-filter" else None,
         keep_memory_on_reset=True,

@@ -130,6 +130,11 @@ class BootImage:
                 result[first - gpa : last - gpa] = segment.data[first - segment.gpa : last - segment.gpa]
         return bytes(result)
 
+    @property
+    def loaded(self) -> list[tuple[int, int, bytes]]:
+        """What a loader puts into memory: load address, bytes there, and the file's part of them; the rest is zero."""
+        return [(segment.gpa, segment.size, segment.data) for segment in self._segments]
+
     def neighbours(self, area: Area) -> list[Area]:
         """Other loaded sections that share the last page of the area."""
         last_page = (area.end - 1) // PAGE_SIZE * PAGE_SIZE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import IntFlag
+from enum import Enum, IntFlag
 
 from vtl1_monitor.policy.bits import BITS
 from vtl1_monitor.policy.rules import MemoryRule, Rules, ValueRule
-from vtl1_monitor.policy.schema import Phase, SmmMode, Violation
+from vtl1_monitor.policy.schema import Phase, SmmMode, Verified, Violation
 from vtl1_monitor.rights import access_text
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import Service
@@ -91,6 +91,11 @@ def _lifecycle_lines(rules: Rules) -> Iterator[str]:
         yield "smm: SMIs are dropped"
     else:
         yield f"smm: RSM loads what the rules of registers allow; else {rules.lifecycle.rsm_violation.value}"
+    for name, verified in (("kexec", rules.lifecycle.kexec), ("kdump", rules.lifecycle.kdump)):
+        if verified is Verified.REFUSE:
+            yield f"{name}: refused"
+    if rules.lifecycle.minimum_kernel_version:
+        yield f"kexec and kdump: no kernel below version {rules.lifecycle.minimum_kernel_version}"
 
 
 def _service_lines(rules: Rules) -> Iterator[str]:

@@ -125,12 +125,12 @@ def _assemble(
         measurement_failure=violations.measurement,
         certificates=certificates,
         patches=patches,
-        lifecycle=policy.lifecycle,
         services=frozenset(Service) if policy.services is None else frozenset(policy.services) | _ALWAYS,
         actions={
             name: Action(name, bytes.fromhex(action.public_key), frozenset(action.allows), frozenset(action.services))
             for name, action in policy.actions.items()
         },
+        lifecycle=policy.lifecycle,
     )
 
 

@@ -243,11 +243,24 @@ class Violations(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class Verified(Enum):
+    """Whether the kernel may hand the machine to another one that VTL1 has verified."""
+
+    VERIFY = "verify"
+    REFUSE = "refuse"
+
+
+VerifiedName = Annotated[Verified, _by_value(Verified)]
+
+
 class Lifecycle(Model):
-    """What becomes of the rules where the machine's own life would undo them (docs/lifecycle.md)."""
+    """What the machine may become, and what of the rules its own life may undo meanwhile (docs/lifecycle.md)."""
 
     smm: Annotated[SmmMode, _by_value(SmmMode)] = SmmMode.SUSPEND
     rsm_violation: Annotated[StateViolation, _by_value(StateViolation)] = StateViolation.RESET
+    kexec: VerifiedName = Verified.VERIFY
+    kdump: VerifiedName = Verified.VERIFY
+    minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
 
 
 class Policy(Model):

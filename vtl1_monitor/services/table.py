@@ -8,6 +8,7 @@ from vtl1_monitor.services.authentication import authenticate, challenge
 from vtl1_monitor.services.boot import end_of_boot, lock_registers
 from vtl1_monitor.services.call import Call, Handler, Refused, immediate
 from vtl1_monitor.services.control_registers import write_control_register
+from vtl1_monitor.services.kexec import execute, validate
 from vtl1_monitor.services.load_kdata import load_kdata
 from vtl1_monitor.services.modules import free_module_init, unload_module, validate_module
 from vtl1_monitor.services.patch_text import patch_text
@@ -37,6 +38,8 @@ HANDLERS: dict[Service, Handler] = {
     Service.VALIDATE_MODULE: validate_module,
     Service.FREE_MODULE_INIT: free_module_init,
     Service.UNLOAD_MODULE: unload_module,
+    Service.KEXEC_VALIDATE: validate,
+    Service.KEXEC_EXECUTE: execute,
     Service.PATCH_TEXT: immediate(patch_text),
 }
 

@@ -299,6 +299,7 @@ class AttachRequest(_message.Message):
     PERSONALITY_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
     LOCAL_APIC_ENABLED_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     generation: _builtins.int
     """Counts the resets and re-creations of the machine; a process refuses a number lower than the one it has."""
@@ -321,6 +322,12 @@ class AttachRequest(_message.Message):
     def reference(self) -> Global___ReferenceClock:
         """Unset: the level starts a clock of its own."""
 
+    @_builtins.property
+    def start(self) -> _registers_pb2.ProcessorState:
+        """VTL0 loads nothing: what vCPU 0 starts in, since VTL1 put the next kernel into memory (StandDown). `image` is that
+        kernel's.
+        """
+
     def __init__(
         self,
         *,
@@ -334,10 +341,11 @@ class AttachRequest(_message.Message):
         personality: Global___Personality.ValueType = ...,
         reference: Global___ReferenceClock | None = ...,
         local_apic_enabled: _builtins.bool = ...,
+        start: _registers_pb2.ProcessorState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "reference", b"reference"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "reference", b"reference", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "local_apic_enabled", b"local_apic_enabled", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "reference", b"reference", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "local_apic_enabled", b"local_apic_enabled", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "reference", b"reference", "start", b"start", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2056,6 +2064,7 @@ class VtlReturn(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     STOP_ALL_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    STAND_DOWN_FIELD_NUMBER: _builtins.int
     stop_all: _builtins.bool
     """Stop every vCPU of the level below before the updates, and start them after."""
     @_builtins.property
@@ -2070,6 +2079,12 @@ class VtlReturn(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerUpdate]:
         """For other vCPUs of the level below: applied before they run again. With stop_all, before this one runs again too."""
 
+    @_builtins.property
+    def stand_down(self) -> Global___StandDown:
+        """In answer to a VTL call: VTL1 gives the machine up to a kernel that it verified and has put into memory. Nothing else
+        of this return counts, and nothing of the level below runs before that kernel's first instruction.
+        """
+
     def __init__(
         self,
         *,
@@ -2077,14 +2092,55 @@ class VtlReturn(_message.Message):
         updates: _abc.Iterable[Global___Update] | None = ...,
         stop_all: _builtins.bool = ...,
         peers: _abc.Iterable[Global___PeerUpdate] | None = ...,
+        stand_down: Global___StandDown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resolution", b"resolution"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resolution", b"resolution", "stand_down", b"stand_down"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "resolution", b"resolution", "stop_all", b"stop_all", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers", "resolution", b"resolution", "stand_down", b"stand_down", "stop_all", b"stop_all", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VtlReturn: _TypeAlias = VtlReturn  # noqa: Y015
+
+@_typing.final
+class StandDown(_message.Message):
+    """VTL1's last word (kexec, kdump). It closed all memory to the level below, copied the kernel, and wiped what is its own.
+    Whoever receives it ends every vCPU, lifts all protections, leaves zeros where private pages were, and starts the
+    levels anew: vCPU 0 with `entry`, all others waiting for SIPI.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    IMAGE_SHA256_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    image_sha256: _builtins.bytes
+    reason: _builtins.str
+    """For people: "kexec to version 2"."""
+    @_builtins.property
+    def entry(self) -> _registers_pb2.ProcessorState:
+        """The whole state that vCPU 0 starts in."""
+
+    @_builtins.property
+    def image(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where the kernel's file is in memory: pairs of (GPA, bytes), in order. VTL1 reads sections and symbols from it."""
+
+    def __init__(
+        self,
+        *,
+        entry: _registers_pb2.ProcessorState | None = ...,
+        image: _abc.Iterable[_builtins.int] | None = ...,
+        image_sha256: _builtins.bytes = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "image", b"image", "image_sha256", b"image_sha256", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StandDown: _TypeAlias = StandDown  # noqa: Y015
 
 @_typing.final
 class PeerUpdate(_message.Message):

@@ -8,6 +8,7 @@
     .globl certificate_start, certificate_end
 certificate_start:
     .incbin "module/certificate.der"
+    .balign 4096 /* room for certificates of whoever ships the image */
 certificate_end:
 
 /* The page that the hypervisor lays its hypercall page over. Below it stay these bytes. */

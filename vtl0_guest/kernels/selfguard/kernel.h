@@ -102,6 +102,18 @@ struct boot_module {
 };
 void modules_init(const struct boot_module *list, u64 count);
 s64 load_module(const char *name);
+bool find_module(const char *name, u64 *start, u64 *size);
+struct kexec_module {
+    u64 start, end;
+    char command_line[32];
+};
+u64 list_modules(struct kexec_module *to);
+
+/* kexec.c, relocate.S */
+enum { KEXEC_LOAD, KEXEC_EXECUTE, KEXEC_JUMP, KEXEC_LOAD_CRASH, KEXEC_CRASH };
+void kexec_init(u64 ram_size);
+s64 kexec(u64 operation, const char *name);
+void kexec_crash(void);
 
 /* reset.c */
 s64 reset_machine(const char *name);

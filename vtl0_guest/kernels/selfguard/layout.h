@@ -7,6 +7,12 @@
 #define DRIVER_WINDOW (KERNEL_VMA + 0x20000) /* what the vulnerable driver maps for itself */
 #define PAGE 4096
 
+/* Low memory, while one kernel makes way for another (kexec.c, relocate.S). */
+#define RELOCATE_CODE 0x7000
+#define RELOCATE_LIST 0x8000
+#define RELOCATE_INFO 0x9000 /* two pages */
+#define RELOCATE_TABLES 0x11000 /* three pages */
+
 #define SELECTOR_KERNEL_CODE 0x08
 #define SELECTOR_KERNEL_DATA 0x10
 #define SELECTOR_USER_BASE 0x18 /* SYSRET: SS = base + 8, CS = base + 16 */
@@ -29,7 +35,8 @@
 #define SYS_RESET 12      /* (name, length): does not come back */
 #define SYS_SMI 13        /* (command, value, address): to the SMI handler */
 #define SYS_SLEEP 14      /* (state 0 or 3, ticks): suspends the machine; returns when it is awake */
-#define SYS_COUNT 15
+#define SYS_KEXEC 15      /* (operation, name, length): comes back where it is refused */
+#define SYS_COUNT 16
 
 #define EPERM 1
 #define ENOENT 2

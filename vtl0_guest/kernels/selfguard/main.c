@@ -35,6 +35,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     protection_choose(line);
     if (info->flags & INFO_MODULES)
         modules_init((const struct boot_module *)(u64)info->modules, info->module_count);
+    kexec_init(ram);
 
     descriptors_init();
     control_init();

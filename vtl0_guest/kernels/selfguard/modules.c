@@ -6,7 +6,7 @@
 #include "kernel.h"
 #include "services.h"
 
-#define MAX_MODULES 4
+#define MAX_MODULES 12
 
 struct elf_header {
     u8 identification[16];
@@ -113,9 +113,27 @@ static s64 load(u64 file, u64 file_size) {
     return ((s64(*)(u64))entry)(ticks);
 }
 
-s64 load_module(const char *name) {
+bool find_module(const char *name, u64 *start, u64 *size) {
     for (u64 i = 0; i < module_count; i++)
-        if (same(modules[i].name, name, length(name) + 1))
-            return load(modules[i].start, modules[i].size);
-    return -ENOENT;
+        if (same(modules[i].name, name, length(name) + 1)) {
+            *start = modules[i].start;
+            *size = modules[i].size;
+            return true;
+        }
+    return false;
+}
+
+/* What the next kernel finds as its modules. */
+u64 list_modules(struct kexec_module *to) {
+    for (u64 i = 0; i < module_count; i++) {
+        to[i].start = modules[i].start;
+        to[i].end = modules[i].start + modules[i].size;
+        memcpy(to[i].command_line, modules[i].name, sizeof to[i].command_line);
+    }
+    return module_count;
+}
+
+s64 load_module(const char *name) {
+    u64 start, size;
+    return find_module(name, &start, &size) ? load(start, size) : -ENOENT;
 }

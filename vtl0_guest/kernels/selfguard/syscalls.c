@@ -105,6 +105,15 @@ static s64 sys_sleep(u64 state, u64 duration, u64 c, u64 d) {
     return state == 0 ? suspend_to_idle(duration) : -EINVAL;
 }
 
+static s64 sys_kexec(u64 operation, u64 name, u64 size, u64 d) {
+    char text[32] = {0};
+    (void)d;
+    if (size >= sizeof text)
+        return -EINVAL;
+    s64 status = copy_from_user(text, name, size);
+    return status < 0 ? status : kexec(operation, text);
+}
+
 static s64 sys_patch(u64 address, u64 bytes, u64 size, u64 d) {
     u8 code[8];
     (void)d;
@@ -137,7 +146,7 @@ static s64 (*const table[SYS_COUNT])(u64, u64, u64, u64) = {
     [SYS_CONTROL] = sys_control,     [SYS_MAP] = sys_map,
     [SYS_VTL_CALL] = vtl_call,       [SYS_HYPERCALL] = sys_hypercall,
     [SYS_RESET] = sys_reset,         [SYS_SMI] = sys_smi,
-    [SYS_SLEEP] = sys_sleep,
+    [SYS_SLEEP] = sys_sleep,         [SYS_KEXEC] = sys_kexec,
 };
 
 struct request {

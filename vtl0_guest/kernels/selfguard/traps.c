@@ -34,6 +34,7 @@ void trap(struct frame *frame) {
         frame->rflags = 0x2;
         frame->ss = SELECTOR_KERNEL_DATA;
     } else {
+        kexec_crash();
         log("selfguard: stopped\n");
         stop();
     }

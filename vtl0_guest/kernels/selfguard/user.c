@@ -176,6 +176,18 @@ static void do_smi(void) { put_status(system_call(SYS_SMI, number(1), number(2),
 
 static void do_sleep(void) { put_status(system_call(SYS_SLEEP, number(1), number(2), 0, 0)); }
 
+static void do_kexec(u64 operation, const char *name) { put_status(system_call(SYS_KEXEC, operation, (u64)name, length(name), 0)); }
+
+/* Of "load", "exec", "jump", by their first letter. */
+static void do_kexec_command(void) {
+    static char none[1];
+    const char *verb = word_count > 1 ? words[1] : none, *name = word_count > 2 ? words[2] : none;
+    do_kexec(verb[0] == 'l' ? 0 : verb[0] == 'e' ? 1 : verb[0] == 'j' ? 2 : ~0ull, verb[0] == 'l' ? name : none);
+}
+
+static void do_kdump_command(void) { do_kexec(3, word_count > 2 ? words[2] : words[0]); }
+static void do_crash(void) { do_kexec(4, words[0]); }
+
 static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
 
 static const struct {
@@ -185,6 +197,7 @@ static const struct {
     {"ping", do_ping}, {"read", do_read},     {"write", do_write}, {"copy", do_copy},       {"call", do_call}, {"user", do_user},
     {"ticks", do_ticks}, {"module", do_module}, {"patch", do_patch}, {"control", do_control}, {"map", do_map},   {"vtl", do_vtl},
     {"hypercall", do_hypercall}, {"reset", do_reset},     {"smi", do_smi},         {"sleep", do_sleep},
+    {"kexec", do_kexec_command}, {"kdump", do_kdump_command}, {"crash", do_crash},
 };
 
 static void split(void) {

@@ -1,0 +1,60 @@
+"""The kernel that attacks run on, and the images that it can make way for.
+
+The prebuilt kernel trusts nobody's kernels. Here a certificate is put into it whose key exists in this process only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from vtlab.client.kexec import KernelSigner, kernel_image
+from vtlab.client.symbols import Symbols
+
+KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
+BANNER = b"vulnerable driver 1.0"
+FORGED_BANNER = b"vulnerable driver 6.6"
+# The policy of the kernel takes none below.
+VERSION = 2
+
+# Module names, as in "kexec load NAME".
+NEXT, OLD, UNSIGNED = "next", "old", "forged"
+
+
+def file(name: str) -> Path:
+    """A prebuilt file of the kernel."""
+    return Path(str(files(KERNELS).joinpath("selfguard", name)))
+
+
+@cache
+def kernel_symbols() -> Symbols:
+    """Of the prebuilt kernel."""
+    return Symbols(file("selfguard.elf"))
+
+
+@cache
+def _signer() -> KernelSigner:
+    return KernelSigner("kernels that selfguard may make way for")
+
+
+@cache
+def kernel() -> bytes:
+    """The prebuilt kernel, which trusts the signer."""
+    return _signer().trusted_by(file("selfguard.elf").read_bytes())
+
+
+def marked(image: bytes) -> bytes:
+    """The same with another banner: an attacker's, or one with a known hole."""
+    return image.replace(BANNER, FORGED_BANNER)
+
+
+@cache
+def images(line: str) -> tuple[tuple[bytes, str], ...]:
+    """Signed and new; signed, but old; new, but signed by nobody. All are told `line`."""
+    signer = _signer()
+    return (
+        (signer.sign(kernel_image(kernel(), VERSION, line)), NEXT),
+        (signer.sign(kernel_image(marked(kernel()), VERSION - 1, line)), OLD),
+        (kernel_image(marked(kernel()), VERSION, line), UNSIGNED),
+    )
