@@ -54,18 +54,24 @@ def hypercall_into_secret(machine: Machine, driver: Driver, symbols: Symbols) ->
     return hypercall_output("vtl1_memory", "VTL1's memory", machine, driver, symbols)
 
 
+def fw_cfg_writes(attempts: Attempts, machine: Machine, driver: Driver, symbols: Symbols, target: int) -> None:
+    """The guest has fw_cfg, a device of the host, write its signature to a GPA."""
+    request = symbols.physical("driver_mailbox")
+    machine.write_memory(request, struct.pack(">IIQ", FW_CFG_READ_SIGNATURE, 4, target))
+    for half, port in ((request >> 32, FW_CFG_DMA), (request & 0xFFFFFFFF, FW_CFG_DMA + 4)):
+        attempts.step(driver.call, symbols["outl"], port, int.from_bytes(half.to_bytes(4, "big"), "little"))
+    answer = struct.unpack(">I", machine.read_memory(request, 4))[0]
+    attempts.note("fw_cfg DMA: error bit" if answer & FW_CFG_ERROR else "")
+
+
 def dma_into(target_symbol: str, what: str) -> Run:
     """The guest programs fw_cfg, a device of the host, to write there."""
 
     def run(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
-        target, request = symbols.physical(target_symbol), symbols.physical("driver_mailbox")
-        machine.write_memory(request, struct.pack(">IIQ", FW_CFG_READ_SIGNATURE, 4, target))
+        target = symbols.physical(target_symbol)
 
         def steps(attempts: Attempts) -> None:
-            for half, port in ((request >> 32, FW_CFG_DMA), (request & 0xFFFFFFFF, FW_CFG_DMA + 4)):
-                attempts.step(driver.call, symbols["outl"], port, int.from_bytes(half.to_bytes(4, "big"), "little"))
-            answer = struct.unpack(">I", machine.read_memory(request, 4))[0]
-            attempts.note("fw_cfg DMA: error bit" if answer & FW_CFG_ERROR else "")
+            fw_cfg_writes(attempts, machine, driver, symbols, target)
 
         return observe(what, lambda: memory(machine, target), steps, symbols, show=show_bytes)
 

@@ -7,6 +7,7 @@ from vtlab_attacks import (
     controls,
     execution,
     kernel_memory,
+    kexec,
     processor_tables,
     resets,
     secure_memory,
@@ -23,5 +24,9 @@ ATTACKS: list[Attack] = [
 ]
 CONTROLS: list[Control] = controls.CONTROLS
 # What may come before an attack, and the attacks on it. The demo leaves them out.
-TRANSITIONS: list[Transition] = [*resets.TRANSITIONS, *smm.TRANSITIONS]
-TRANSITION_ATTACKS: list[Attack] = [*resets.TRANSITION_ATTACKS, *smm.TRANSITION_ATTACKS]
+TRANSITIONS: list[Transition] = [*resets.TRANSITIONS, *smm.TRANSITIONS, *kexec.TRANSITIONS]
+TRANSITION_ATTACKS: list[Attack] = [
+    *resets.TRANSITION_ATTACKS,
+    *smm.TRANSITION_ATTACKS,
+    *kexec.TRANSITION_ATTACKS,
+]

@@ -63,7 +63,12 @@ class KernelSigner:
         """With the signature behind it, as Linux's sign-file does for modules."""
         builder = PKCS7SignatureBuilder().set_data(image).add_signer(self._certificate, self._key, hashes.SHA256())
         signature = builder.sign(serialization.Encoding.DER, _OPTIONS)
-        return image + signature + MODULE_SIGNATURE.pack(0, 0, PKEY_ID_PKCS7, 0, 0, len(signature)) + MODULE_SIGNATURE_MAGIC
+        return (
+            image
+            + signature
+            + MODULE_SIGNATURE.pack(0, 0, PKEY_ID_PKCS7, 0, 0, len(signature))
+            + MODULE_SIGNATURE_MAGIC
+        )
 
     def trusted_by(self, kernel: bytes, section: str = ".vtlab.certificate") -> bytes:
         """The kernel with this certificate behind those that it has. Raises BadImage if there is no room."""

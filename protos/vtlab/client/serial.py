@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vtlab.client.names import state_name
 from vtlab.errors import TimedOut, WrongState
@@ -110,17 +110,22 @@ class SerialReader:
     """Reads one port from a position of its own.
 
     Attributes:
+        observed: the machine's output.
         position: bytes consumed.
     """
 
     def __init__(self, observed: Observed, port: int, position: int = 0) -> None:
-        self._observed = observed
+        self.observed = observed
         self._port = port
         self.position = position
 
+    def peek(self) -> str:
+        """What came since the last read; it is not consumed."""
+        return self.observed.output(self._port, self.position).decode("latin-1")
+
     def read(self) -> bytes:
         """What came since the last read, maybe nothing."""
-        data = self._observed.output(self._port, self.position)
+        data = self.observed.output(self._port, self.position)
         self.position += len(data)
         return data
 
@@ -136,17 +141,40 @@ class SerialReader:
 
         def found() -> bool:
             nonlocal read
-            text = self._observed.output(self._port, self.position).decode("latin-1")
+            text = self.peek()
             match = expression.search(text)
             if match is None:
                 return False
             read = text[: match.end()]
             return True
 
-        self._observed.wait(f"serial output {expression.pattern!r} on COM{self._port + 1}", found, timeout)
+        self.observed.wait(f"serial output {expression.pattern!r} on COM{self._port + 1}", found, timeout)
         self.position += len(read)
         return read
 
     def read_line(self, timeout: float = 10.0) -> str:
         """Waits for a whole line and returns it without its end."""
         return self.read_until("\n", timeout).rstrip("\r\n")
+
+
+def read_first(readers: Sequence[tuple[SerialReader, Pattern]], timeout: float = 10.0) -> tuple[int, str]:
+    """Waits for any of several, all of one machine: the index of the one that came, and what it said up to its end.
+
+    Raises:
+        TimedOut, WrongState: see SerialReader.read_until; nothing is consumed.
+    """
+    expressions = [re.compile(re.escape(one)) if isinstance(one, str) else one for _, one in readers]
+    came = 0
+
+    def found() -> bool:
+        nonlocal came
+        for index, (reader, _) in enumerate(readers):
+            if expressions[index].search(reader.peek()):
+                came = index
+                return True
+        return False
+
+    what = " or ".join(repr(expression.pattern) for expression in expressions)
+    readers[0][0].observed.wait(f"serial output {what}", found, timeout)
+    reader, pattern = readers[came]
+    return came, reader.read_until(pattern, timeout)

@@ -74,7 +74,8 @@ def test_observe_reads_the_state_around_the_steps() -> None:
 
 
 def test_modules_differ_where_they_should() -> None:
-    (good, _), (unsigned, _), (tampered, _) = modules()
+    (good, _), (unsigned, _), (tampered, _), *kernels = modules()
+    assert [name for _, name in kernels] == ["next", "old", "forged"]
     assert good.startswith(unsigned)
     assert len(good) == len(tampered)
     assert sum(a != b for a, b in zip(good, tampered, strict=True)) == 1
