@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 from vtlab.client.driver import COMMAND_PORT, READY, Driver, parse
 from vtlab.client.machine import Machine
@@ -14,10 +15,11 @@ from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
 from vtlab.services import HEKI_PAGE, HEKI_PATCH, HEKI_RANGE, KEXEC_MAGIC, KexecType, Service
 from vtlab.x86.registers import Cr4
+from vtlab_attacks.controls import LISTED_JUMP
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, observe
 from vtlab_attacks.guest import BOOT_TIMEOUT, Guest
-from vtlab_attacks.kernels import BANNER, FORGED_BANNER, NEXT, OLD, UNSIGNED, images
-from vtlab_attacks.resets import GUARDED, again, found, say
+from vtlab_attacks.kernels import BANNER, FORGED_BANNER, NEXT, OLD, UNSIGNED
+from vtlab_attacks.resets import GUARDED, found, say
 from vtlab_attacks.secure_memory import BYPASS_DMA, LITEBOX_852, fw_cfg_writes
 from vtlab_attacks.state import PAGE, direct, memory, register, show_bytes
 
@@ -25,6 +27,7 @@ VERIFIES = "Heki v3 thread (Christopherson 2024): VTL1 verifies the kexec target
 GAP = "litebox: no method executes a validated kexec image, so something has to be lifted for it"
 NO_DEPUTY = "VTL1 is not enabled, so there is no deputy"
 MARK = b"the kernel before"
+STOPPED = "selfguard: stopped"
 # Modules lie in the order in which they are given.
 PLACES = {NEXT: 0, OLD: 1, UNSIGNED: 2}
 
@@ -34,13 +37,15 @@ def order(driver: Driver, command: str) -> None:
     parse(driver.command(command))
 
 
-def make_way(attempts: Attempts, machine: Machine, command: str) -> bool:
-    """A command that is refused, or after which another kernel starts: then True."""
+def make_way(attempts: Attempts, machine: Machine, command: str) -> str | None:
+    """A command that is refused, or after which another kernel starts: then what that one's log says."""
     answers = machine.serial_reader(COMMAND_PORT, from_now=True)
     log = machine.serial_reader(0, from_now=True)
     say(machine, command)
-    came, said = read_first([(answers, "\n"), (log, READY)], BOOT_TIMEOUT)
-    return came == 1 or attempts.step(parse, said.rstrip())
+    came, said = read_first([(answers, "\n"), (log, READY), (log, STOPPED)], BOOT_TIMEOUT)
+    if came == 0:
+        attempts.step(parse, said.rstrip())
+    return said if came == 1 else None
 
 
 def image_at(machine: Machine, name: str) -> int:
@@ -78,23 +83,24 @@ def succeed(load: str, go: str) -> Callable[[Guest], tuple[Guest, Evidence]]:
     def run(guest: Guest) -> tuple[Guest, Evidence]:
         machine, symbols = guest.machine, guest.symbols
         mailbox = symbols.physical("driver_mailbox")
+        by_vtl1 = guest.protected and guest.design == "vtl"
+        attempts = Attempts(symbols)
         guest.driver.write_bytes(symbols["driver_mailbox"], MARK)
         before = machine.info()
         order(guest.driver, f"{load} {NEXT}")
-        following, said = again(machine, lambda: say(machine, go), symbols, guest.protected)
-        following.driver.ping()
+        said = make_way(attempts, machine, go) or ""
+        following = replace(guest, driver=Driver(machine))
         after, left = machine.info(), machine.read_memory(mailbox, len(MARK))
         reached = (
             not any(left)
             and after.vtl1_enabled == before.vtl1_enabled
-            and after.generation == before.generation + guest.protected
-            and (GUARDED in said) == guest.protected
+            and after.generation == before.generation + by_vtl1  # else it is a RESET that came of it
+            and (GUARDED in said) == by_vtl1
         )
-        shown = [
-            f"{mark.decode()!r}, VTL1 {'on' if one.vtl1_enabled else 'off'}"
-            for one, mark in ((before, MARK), (after, left))
-        ]
-        return following, Evidence("a mark of the kernel before, and VTL1", *shown, reached, any(left))
+        marks = [(before, MARK), (after, left)]
+        shown = [f"{show_bytes(mark)}, VTL1 {'on' if one.vtl1_enabled else 'off'}" for one, mark in marks]
+        what = "a mark of the kernel before, and VTL1"
+        return following, Evidence(what, *shown, reached, left == MARK, str(attempts))
 
     return run
 
@@ -133,8 +139,8 @@ def load_and_execute(name: str) -> Callable[[Machine, Driver, Symbols], Evidence
 
 def change_after_validation(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     """Writes to the image between load and jump."""
-    content = images(machine.info().vtl1_enabled)[PLACES[NEXT]][0]
-    target = image_at(machine, NEXT) + content.index(BANNER)
+    image = image_at(machine, NEXT)
+    target = min(at for at in found(machine, BANNER) if at > image)
 
     def steps(attempts: Attempts) -> None:
         order(driver, f"kexec load {NEXT}")
@@ -234,23 +240,22 @@ def dma_into_image(machine: Machine, driver: Driver, symbols: Symbols) -> Eviden
 
 
 def patch_across_border(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
-    """A patch of five bytes, two of them in one page: by the kernel's list, and with another page for the rest."""
-    border = symbols["text_start"] + 3 * PAGE
-    target, other = border - 2, symbols.physical("vtl1_memory")
-    code = bytes.fromhex("9090909090")
-    request = symbols.physical("driver_mailbox")
+    """Of a listed site: the right page with other bytes, then the listed bytes with another page for the rest."""
+    target, request = symbols["patch_site_border"], symbols.physical("driver_mailbox")
+    first, border = symbols.physical(target), symbols.physical(target) // PAGE * PAGE + PAGE
+    other, rest_closed = bytes.fromhex("b801000000"), symbols.physical("vtl1_memory")
+    forged = [(other, border), (LISTED_JUMP, border + PAGE), (LISTED_JUMP, rest_closed), (LISTED_JUMP, 0)]
 
     def steps(attempts: Attempts) -> None:
-        attempts.step(driver.patch, target, code)
-        for rest in (symbols.physical(border), other, 0):
-            machine.write_memory(request, HEKI_PATCH.pack(symbols.physical(target), rest, len(code), code))
+        if attempts.step(driver.patch, target, other):
+            return
+        for code, second in forged:
+            machine.write_memory(request, HEKI_PATCH.pack(first, second, len(code), code))
             attempts.step(driver.vtl, Service.PATCH_TEXT, request, 0)
         # The request itself across a border, its rest where VTL0 may not read.
-        attempts.step(driver.vtl, Service.PATCH_TEXT, request + PAGE - 8, other)
+        attempts.step(driver.vtl, Service.PATCH_TEXT, request + PAGE - 8, rest_closed)
 
-    return observe(
-        "text on both sides", lambda: memory(machine, symbols.physical(target)), steps, symbols, show=show_bytes
-    )
+    return observe("text on both sides", lambda: memory(machine, first, 5), steps, symbols, show=show_bytes)
 
 
 TRANSITION_ATTACKS = [

@@ -24,3 +24,9 @@
     .align 64
     static_key static_key_trace, patch_site_trace
     static_key static_key_audit, patch_site_audit
+
+    /* A site of which two bytes are in one page and three in the next. */
+    .section .text.border, "ax"
+    .balign 4096
+    .skip 4094, 0xCC
+    static_key static_key_border, patch_site_border
