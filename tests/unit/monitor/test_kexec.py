@@ -196,7 +196,7 @@ def test_the_policy_can_refuse(vtl0: Vtl0) -> None:
     assert validate(vtl0, signed()) == -errno.EPERM
     assert vtl0.call(Service.KEXEC_EXECUTE, 0).value == -errno.EPERM
     assert vtl0.call(Service.KEXEC_EXECUTE, 1).value == -errno.ENOENT
-    assert "kexec: refuse" in vtl0.machine.status().rules
+    assert "kexec: refused" in vtl0.machine.status().rules
 
 
 # -------------------------------------------------------------------------------------------------------- the format
