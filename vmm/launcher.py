@@ -15,9 +15,7 @@ import importlib
 import io
 import os
 import shutil
-import sys
 import tempfile
-import threading
 import time
 import types
 from collections.abc import Iterator
@@ -32,7 +30,7 @@ from vmm.child import ChildSpec, run
 from vtlab.channels import ServerConfig
 from vtlab.client import Addresses, Lab
 from vtlab.errors import InternalError, TimedOut, VtlabError, one_line
-from vtlab.process import remove_folder
+from vtlab.process import remove_folder, without_main
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
 
@@ -45,8 +43,6 @@ SHORT_BASE = "/tmp"  # noqa: S108 - only private folders are made in it
 
 # role -> the module whose main() serves it, in the order of their end: the VMM still speaks to the levels
 SERVERS = {Role.VMM: "vmm.server", Role.GUEST: "vtl0_guest.server", Role.MONITOR: "vtl1_monitor.server"}
-
-_main_swap = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -177,22 +173,10 @@ def _start(role: Role, config: ServerConfig, rules: bytes, folders: tuple[Path, 
         parent=os.getpid(),
     )
     process = context.Process(target=run, args=(spec,), name=f"vtlab-{role}", daemon=True)
-    with _without_main():
+    with without_main():
         process.start()
     sender.close()
     return LocalProcess(process, receiver, log)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Hides the user's script from the child, which would otherwise run it again, unguarded, to import it."""
-    with _main_swap:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
 
 
 def _await_ready(processes: dict[Role, LocalProcess], timeout: float) -> dict[Role, tuple[str, ...]]:

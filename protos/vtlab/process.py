@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+_main_swap = threading.Lock()
 
 
 def watch_parent(alive: int, last_act: Callable[[], None], grace: float = 3.0) -> None:
@@ -35,6 +40,18 @@ def watch_parent(alive: int, last_act: Callable[[], None], grace: float = 3.0) -
         os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Hides the user's script from a spawned child, which would otherwise run it again, unguarded, to import it."""
+    with _main_swap:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def remove_folder(folder: Path, attempts: int = 100) -> None:

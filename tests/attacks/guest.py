@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,12 +45,24 @@ def modules(command_line: str = "heki=1") -> list[tuple[bytes, str]]:
 
 
 @contextmanager
-def boot(lab: Lab, protected: bool, vp_count: int = 1, design: str = "vtl") -> Iterator[Guest]:
+def boot(
+    lab: Lab,
+    protected: bool,
+    vp_count: int = 1,
+    design: str = "vtl",
+    *,
+    policy: str = "",
+    at_end: Callable[[Machine], None] | None = None,
+) -> Iterator[Guest]:
     """A started machine of a design, destroyed at the end.
 
     What the design has to protect with is on offer either way; only a protected guest takes it.
 
     Its RAM is a PC's: a RESET does not clear it, unless VTL1 wants that.
+
+    Args:
+        policy: an operator's, in place of the guest's own.
+        at_end: gets the machine before it is destroyed, however its guest ended.
 
     Raises:
         TimedOut, WrongState: the guest did not come up; its log is in the message.
@@ -67,6 +79,12 @@ def boot(lab: Lab, protected: bool, vp_count: int = 1, design: str = "vtl") -> I
         filters=filters.pinning() if protected and design == "cr-filter" else None,
         keep_memory_on_reset=True,
     ) as machine:
-        machine.start()
-        machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
-        yield Guest(machine, Driver(machine), symbols, protected, design)
+        try:
+            if policy:
+                lab.policy.set(machine, policy)
+            machine.start()
+            machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
+            yield Guest(machine, Driver(machine), symbols, protected, design)
+        finally:
+            if at_end:
+                at_end(machine)

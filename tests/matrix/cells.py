@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from vtlab.errors import BadArgument
-from vtlab_attacks.table import ATTACKS, DESIGNS, TRANSITION_ATTACKS, TRANSITIONS
+from vtlab_attacks.table import ATTACKS, TRANSITION_ATTACKS, TRANSITIONS
 
 BOOT = "boot"  # what comes before an attack if no transition does; as a transition, the machine's first start
 EVERY_ATTACK = {attack.name: attack for attack in [*ATTACKS, *TRANSITION_ATTACKS]}
@@ -52,12 +52,14 @@ class Selection:
     """Patterns as of fnmatch; an empty tuple asks for none, None for all.
 
     Attributes:
+        known: all designs, in the order of the tables.
         designs, attacks: by name.
         after: what attacks come after: transitions, or BOOT.
         transitions: those with a cell of their own, BOOT among them.
         seed: of the order of the cells, and of whatever is random in them.
     """
 
+    known: Sequence[str]
     designs: Sequence[str] | None = None
     attacks: Sequence[str] | None = None
     after: Sequence[str] | None = None
@@ -83,7 +85,7 @@ def plan(selection: Selection) -> tuple[list[Cell], list[Cell]]:
     Raises:
         BadArgument: a pattern matches nothing.
     """
-    designs = _chosen("designs", selection.designs, DESIGNS)
+    designs = _chosen("designs", selection.designs, selection.known)
     attacks = _chosen("attacks", selection.attacks, EVERY_ATTACK)
     after = _chosen("after", selection.after, [BOOT, *EVERY_TRANSITION])
     moves = _chosen("transitions", selection.transitions, [BOOT, *EVERY_TRANSITION])

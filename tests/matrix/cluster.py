@@ -17,7 +17,7 @@ PLUGIN = "vtlab-matrix"
 CONNECT = 20.0  # seconds
 
 
-class Laboratories(WorkerPlugin):  # type: ignore[misc]
+class Laboratories(WorkerPlugin):
     """The laboratories of one Dask worker, as many as cells run in it at once; they end with the plugin."""
 
     name = PLUGIN
@@ -48,8 +48,9 @@ class Laboratories(WorkerPlugin):  # type: ignore[misc]
 
 
 def _run(task: Task) -> Outcome:
-    outcome: Outcome = get_worker().plugins[PLUGIN].run(task)
-    return outcome
+    plugin = get_worker().plugins[PLUGIN]
+    assert isinstance(plugin, Laboratories)
+    return plugin.run(task)
 
 
 class Cluster:

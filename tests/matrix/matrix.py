@@ -10,7 +10,6 @@ from vtlab_matrix.journal import Journal
 from vtlab_matrix.laboratory import Task
 from vtlab_matrix.outcome import Outcome
 from vtlab_matrix.run import not_run
-from vtlab_attacks.table import DESIGNS
 
 
 class Runner(Protocol):
@@ -53,11 +52,11 @@ def run_matrix(
         if (cell.design, cell.after) in broken:
             done.append(not_run(cell, broken[cell.design, cell.after]))
             on_outcome(done[-1])
-    return sorted(done, key=_place)
+    return sorted(done, key=lambda outcome: _place(outcome, selection.known))
 
 
-def _place(outcome: Outcome) -> tuple[int, bool, int, int]:
+def _place(outcome: Outcome, designs: Sequence[str]) -> tuple[int, bool, int, int]:
     cell = outcome.cell
     moves = ["", BOOT, *EVERY_TRANSITION]
     names = [BOOT, *EVERY_TRANSITION, *EVERY_ATTACK]
-    return DESIGNS.index(cell.design), cell.kind == "attack", names.index(cell.name), moves.index(cell.after)
+    return designs.index(cell.design), cell.kind == "attack", names.index(cell.name), moves.index(cell.after)

@@ -83,7 +83,7 @@ class Outcome(BaseModel):
 
     def summary(self) -> dict[str, Any]:
         """For `--json`: the cell, its verdict and what it rests on."""
-        evidence = self.evidence.model_dump(exclude={"name"}, exclude_defaults=True)
+        evidence: dict[str, Any] = self.evidence.model_dump(exclude={"name"}, exclude_defaults=True)
         if self.transition is not None:
             evidence["transition"] = self.transition.model_dump(exclude_defaults=True)
         if self.broken:
@@ -92,7 +92,8 @@ class Outcome(BaseModel):
             evidence["kept"] = self.kept
         if self.rules:
             evidence["rules"] = list(self.rules)
-        return self.cell.model_dump() | {
+        summary: dict[str, Any] = self.cell.model_dump()
+        return summary | {
             "verdict": self.verdict.value,
             "evidence": evidence,
             "seconds": round(self.seconds, 3),

@@ -91,9 +91,8 @@ class CellRun:
         attack = EVERY_ATTACK[cell.name]
         transition = EVERY_TRANSITION[cell.after] if cell.after else None
         vp_count = max(attack.vp_count, transition.vp_count if transition else 1)
-        with boot(
-            self._lab, True, vp_count, cell.design, policy=self._policy, at_end=self.recorder.record
-        ) as guest:
+        with boot(self._lab, True, vp_count, cell.design, policy=self._policy, at_end=self.recorder.record) as started:
+            guest = started
             if transition:
                 self.recorder.mark(f"transition {transition.name}")
                 guest, moved = transition.run(guest)
@@ -118,9 +117,8 @@ class CellRun:
         if transition:
             with boot(self._lab, True, vp_count, cell.design, policy=self._policy) as fresh:
                 worked = {one.name for one in _try(fresh, controls) if one.kept}
-        with boot(
-            self._lab, True, vp_count, cell.design, policy=self._policy, at_end=self.recorder.record
-        ) as guest:
+        with boot(self._lab, True, vp_count, cell.design, policy=self._policy, at_end=self.recorder.record) as started:
+            guest = started
             if transition:
                 self.recorder.mark(f"transition {transition.name}")
                 guest, moved = transition.run(guest)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from vmm.cli import attack, doctor, inspect, policy, run, up
+from vmm.cli import attack, doctor, inspect, matrix, policy, run, up
 from vmm.cli.exit_codes import ExitCode, of_error
 from vmm.cli.output import print_error
 from vtlab.errors import VtlabError, one_line
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("demo")(attack.demo)
 app.command("attack")(attack.attack)
+app.command("matrix")(matrix.matrix)
 app.command("run")(run.run)
 app.command("up")(up.up)
 app.command("guard")(policy.guard)
