@@ -38,7 +38,7 @@ def again(machine: Machine, act: Callable[[], object], symbols: Symbols, protect
 
 
 def reset(way: str) -> Callable[[Guest], tuple[Guest, Evidence]]:
-    """The guest's command; complete if the next generation runs and, where the last was, is guarded again."""
+    """The guest's command; complete if the next generation runs and, where VTL1 guarded the last, is guarded again."""
 
     def run(guest: Guest) -> tuple[Guest, Evidence]:
         machine = guest.machine
@@ -49,7 +49,7 @@ def reset(way: str) -> Callable[[Guest], tuple[Guest, Evidence]]:
         reached = (
             after.generation == before.generation + 1
             and after.vtl1_enabled == before.vtl1_enabled
-            and (GUARDED in said) == guest.protected
+            and (GUARDED in said) == before.vtl1_enabled
         )
         shown = [f"generation {one.generation}, VTL1 {'on' if one.vtl1_enabled else 'off'}" for one in (before, after)]
         return following, Evidence("generation and VTL1", *shown, reached, before == after)
