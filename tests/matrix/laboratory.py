@@ -23,14 +23,18 @@ class Task(NamedTuple):
 
 
 class Laboratory:
-    """Its processes start with the first cell and end with close()."""
+    """Its processes start with the first cell and end with close().
+
+    Attributes:
+        lab: their client while they run.
+    """
 
     def __init__(self, launch: Launch, seed: int) -> None:
         """:param launch: starts three processes; their client is its context."""
         self._launch = launch
         self._seed = seed
         self._stack = ExitStack()
-        self._lab: Lab | None = None
+        self.lab: Lab | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -41,9 +45,9 @@ class Laboratory:
     def run(self, task: Task) -> Outcome:
         """Runs a cell; a laboratory that does not start is what came of it."""
         try:
-            if self._lab is None:
-                self._lab = self._stack.enter_context(self._launch())
-            outcome, fit = run_cell(self._lab, task.cell, self._seed, task.policy)
+            if self.lab is None:
+                self.lab = self._stack.enter_context(self._launch())
+            outcome, fit = run_cell(self.lab, task.cell, self._seed, task.policy)
         except VtlabError as error:
             outcome, fit = lost(task.cell, str(error)), False
         if not fit:
@@ -52,7 +56,7 @@ class Laboratory:
 
     def close(self) -> None:
         """Ends its processes, if any run."""
-        self._lab = None
+        self.lab = None
         self._stack.close()
 
 

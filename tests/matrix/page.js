@@ -61,7 +61,7 @@
       const place = make("td");
       if (cell) {
         const [symbol, kind] = data.marks[cell.v];
-        const mark = make("span", kind === "blocked" ? "" : symbol, `mark ${kind}`);
+        const mark = make("span", symbol, `mark ${kind}`);
         if (red(cell) && !cell.h) mark.classList.add("bare");
         mark.tabIndex = -1;
         mark.setAttribute("role", "gridcell");
@@ -90,7 +90,7 @@
     for (const mark of body.querySelectorAll(".mark")) mark.classList.toggle("off", !shown.has(mark.cell.v));
   };
   for (const [verdict, [symbol, kind]] of Object.entries(data.marks)) {
-    const button = make("button", [make("span", kind === "blocked" ? "" : symbol, `mark ${kind}`), verdict]);
+    const button = make("button", [make("span", symbol, `mark ${kind}`), verdict]);
     button.setAttribute("aria-pressed", "true");
     button.onclick = () => {
       if (!shown.delete(verdict)) shown.add(verdict);
@@ -109,7 +109,7 @@
       parts.push(make("p", text(what), "what"));
       parts.push(make("div", [
         make("div", [make("small", "before"), make("code", text(before))]), make("span", "→", "arrow"),
-        make("div", [make("small", "after"), make("code", text(after))])], "state"));
+        make("div", [make("small", "after"), make("code", text(after))])], "states"));
     }
     if (text(denial)) parts.push(make("p", make("code", text(denial)), "denial"));
     if (text(error)) parts.push(make("p", text(error), "error"));
