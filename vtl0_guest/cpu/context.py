@@ -13,10 +13,11 @@ from vtl0_guest.cpu.guest_memory import GuestMemory, PhysicalMemory
 from vtl0_guest.cpu.hyperv.virtual_processor import Partition, VirtualProcessor
 from vtl0_guest.cpu.intercepts import Intercepts
 from vtl0_guest.cpu.smm.mode import SystemManagement
+from vtl0_guest.cpu.startup_window import Runs
 from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.x86.registers import Rflags
 
-_TF = int(Rflags.TF)
+_TF, _IF = int(Rflags.TF), int(Rflags.IF)
 _CS_LONG = 1 << 13
 
 
@@ -34,6 +35,7 @@ class Context:
         trap_pending: an emulated instruction ran with RFLAGS.TF set, so #DB is due.
         halted: in HLT.
         waits_for_startup: after INIT, until SIPI: runs nothing and takes no interrupt.
+        window: pages that alone may be executed since SIPI (startup_window.py); None: no window is open.
         repeat: the instruction that was emulated has elements left (REP): RIP stays on it.
     """
 
@@ -68,11 +70,28 @@ class Context:
         self.halted = False
         self.waits_for_startup = False
         self.repeat = False
+        self.window: Runs | None = None
+        self.local_apic.is_parked = self._is_parked
+
+    def _is_parked(self) -> bool:
+        """Runs nothing, and no interrupt that can be masked would change that."""
+        return self.waits_for_startup or (self.halted and not self.environment.rflags & _IF)
+
+    def open_window(self, runs: Runs | None) -> None:
+        """Limits what may be executed; None ends that. Pins that INIT clears are suspended as long as it is open."""
+        if (runs is None) == (self.window is None):
+            self.window = runs
+            return
+        self.window = runs
+        self.set_filter(self._filter)
 
     def set_filter(self, intercepts: Intercepts) -> None:
-        """The filter from now on; inside SMM most of it waits for RSM."""
+        """The filter from now on; inside SMM most of it waits for RSM, and in the window after SIPI for its end."""
         self._filter = intercepts
-        self.intercepts = intercepts.inside_smm() if self.smm.active else intercepts
+        if self.smm.active:
+            self.intercepts = intercepts.inside_smm()
+        else:
+            self.intercepts = intercepts if self.window is None else intercepts.inside_window()
 
     def suspend_pins(self) -> None:
         """SMI."""

@@ -98,7 +98,7 @@ class Core:
         """
         self.platform = platform
         self.vtl = vtl
-        self.nested = NestedTable(ram.size, ram.size)
+        self.nested = NestedTable(ram.size, ram.size, vp_count)
         self.turns = Turns()
         self._ram = ram
         self._overlay = mmap.mmap(-1, PAGE_SIZE)

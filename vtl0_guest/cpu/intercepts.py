@@ -8,8 +8,18 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 _CR3_BASE = 0x000F_FFFF_FFFF_F000
 
 
+_CLEARED_BY_INIT = (
+    *("cr0_mask", "cr0_pinned", "cr4_mask", "cr4_pinned", "efer_mask", "cr3_writes"),
+    *("gdtr_writes", "idtr_writes", "ldtr_writes", "tr_writes"),
+)
+
+
 class Intercepts:
-    """One InterceptFilter, made fast to ask."""
+    """One InterceptFilter, made fast to ask.
+
+    Attributes:
+        startup_window: SIPI opens a window.
+    """
 
     def __init__(self, message: vcpu_pb2.InterceptFilter | None = None) -> None:
         self._message = message = message or vcpu_pb2.InterceptFilter()
@@ -39,11 +49,20 @@ class Intercepts:
         self.state_loads, self.no_smi = message.state_loads, message.no_smi
         self.cpuid, self.hlt, self.invlpg = message.cpuid, message.hlt, message.invlpg
         self.user_hypercalls = message.user_hypercalls
+        self.startup_window = message.startup_window
 
     def inside_smm(self) -> Intercepts:
         """What of it holds in SMM: no pin of a register, table or MSR."""
         kept = vcpu_pb2.InterceptFilter(ports=self._message.ports, no_smi=self.no_smi)
         kept.cpuid, kept.hlt, kept.invlpg = self.cpuid, self.hlt, self.invlpg
+        return Intercepts(kept)
+
+    def inside_window(self) -> Intercepts:
+        """What of it holds between SIPI and the end of the window: all but the pins of what INIT clears."""
+        kept = vcpu_pb2.InterceptFilter()
+        kept.CopyFrom(self._message)
+        for field in _CLEARED_BY_INIT:
+            kept.ClearField(field)
         return Intercepts(kept)
 
     def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:

@@ -79,8 +79,11 @@ class NestedTable:
         split: whether any page differs between kernel and user execution, so that the roots matter.
     """
 
-    def __init__(self, ram_size: int, window: int) -> None:
-        """`window` is the number of guest-physical bytes that can ever be mapped (RAM, overlays and devices)."""
+    def __init__(self, ram_size: int, window: int, processors: int = 1) -> None:
+        """`window` is the number of guest-physical bytes that can ever be mapped (RAM, overlays and devices).
+
+        `processors` may each have roots of their own for a while (startup_window.py).
+        """
         if not 0 < ram_size <= MAX_RAM or ram_size % PAGE_SIZE:
             raise ValueError(f"RAM of {ram_size} bytes is not a number of pages up to {MAX_RAM} bytes")
         self.pages = (window + PAGE_SIZE - 1) // PAGE_SIZE
@@ -89,14 +92,17 @@ class NestedTable:
         self.split = False
         leaves = -(-self.pages // _ENTRIES)
         directories = -(-leaves // _ENTRIES)
-        self._leaf_tables = leaves
+        self.leaf_tables, self.directories = leaves, directories
         # Per root: one top table, one PDPT, the directories. Then the leaves of the kernel root and of the user root.
         self._upper = 2 + directories
-        total = 2 * self._upper + 2 * leaves
+        self._windows = 2 * self._upper + 2 * leaves
+        # Of each processor: two top tables, a PDPT, the directories, four leaf tables.
+        self._window_size = 3 + directories + 4
+        total = self._windows + processors * self._window_size
         self.buffer = mmap.mmap(-1, total * PAGE_SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         self.size = total * PAGE_SIZE
-        self._words = memoryview(self.buffer).cast("Q")
+        self._words = self.words = memoryview(self.buffer).cast("Q")
         self._leaves = [2 * self._upper * _ENTRIES, (2 * self._upper + leaves) * _ENTRIES]
         # Per root, by page: the rights. The engines' own leaves until they are divided.
         self._rights = [self._words[leaf : leaf + self.pages] for leaf in self._leaves]
@@ -110,12 +116,29 @@ class NestedTable:
         for number in range(directories):
             words[(table + 1) * _ENTRIES + number] = self._physical(table + 2 + number) | _TABLE_RIGHTS
         first_leaf = self._leaves[root] // _ENTRIES
-        for number in range(self._leaf_tables):
+        for number in range(self.leaf_tables):
             words[(table + 2) * _ENTRIES + number] = self._physical(first_leaf + number) | _TABLE_RIGHTS
 
     @staticmethod
     def _physical(table: int) -> int:
         return NESTED_BASE + table * PAGE_SIZE
+
+    def table_address(self, table: int) -> int:
+        """System-physical address of a table, by its number."""
+        return self._physical(table)
+
+    def table_entry(self, table: int) -> int:
+        """An entry of an upper level that points to a table, with all rights."""
+        return self._physical(table) | _TABLE_RIGHTS
+
+    @property
+    def first_leaf(self) -> int:
+        """Number of the first leaf table of the kernel root; they follow one another."""
+        return self._leaves[0] // _ENTRIES
+
+    def window_base(self, number: int) -> int:
+        """Number of the first table that processor `number` has for itself."""
+        return self._windows + number * self._window_size
 
     def root(self, user: bool) -> int:
         """System-physical address of a top-level table, for the nested CR3."""

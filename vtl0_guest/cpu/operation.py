@@ -28,7 +28,7 @@ class Operation:
         event: what was being delivered when the nested table refused its frame; RETRY delivers it again.
         shuts_down: whatever is not committed is a shutdown: there is no instruction that could fault instead.
         stays_stopped: only a reset by a client goes on from here.
-        message: what waits is no instruction, which is over, but a message that it sent: it goes on or is dropped.
+        refuse: what DENY and SKIP do where there is no instruction to refuse, and the fault is not the default one.
     """
 
     exit: vcpu_pb2.Exit
@@ -40,8 +40,8 @@ class Operation:
     code: bytes = b""
     stays_stopped: bool = False
     event: Event | None = None
-    message: bool = False
     shuts_down: bool = False
+    refuse: Callable[[vcpu_pb2.Resolution], None] | None = None
 
     @property
     def decidable(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, startup, state
+from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, startup, startup_window, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice, SystemManagementInterrupt
@@ -79,6 +79,7 @@ class Processor:
         self._external: deque[int] = deque()
         self._retried: tuple[int, int] | None = None
         self._nested_generation = -1
+        self._window: startup_window.Runs | None = None
         self._running = False
         self._seat = core.turns.seat(self)
         self._turn_over = False
@@ -397,7 +398,7 @@ class Processor:
         context = self._context
         if self._core.platform.take_smi(context.vp_index):
             self._smi_pending = True
-        if not self._smi_pending or context.smm.active or context.waits_for_startup:
+        if not self._smi_pending or context.smm.active or context.waits_for_startup or context.window is not None:
             return None
         if self._environment.interrupt_shadow:
             self._engine.set_pending(True)
@@ -473,10 +474,13 @@ class Processor:
         if self._core.platform.smram.used:
             self._context.show_smram()
         self._core.coherence.run(self._context.vp_index)
-        nested = self._core.nested
-        if nested.generation != self._nested_generation:
-            self._nested_generation = nested.generation
-            self._engine.set_roots(nested.root(False), nested.root(nested.split))
+        nested, window = self._core.nested, self._context.window
+        if nested.generation != self._nested_generation or window is not self._window:
+            self._nested_generation, self._window = nested.generation, window
+            if window is None:
+                self._engine.set_roots(nested.root(False), nested.root(nested.split))
+            else:
+                self._engine.set_roots(*startup_window.roots(nested, self._context.vp_index, window))
             self._engine.flush_translations()
 
     # ------------------------------------------------------------------------------------------- stop reasons
@@ -663,6 +667,10 @@ class Processor:
     def _on_nested_page_fault(self) -> Operation | None:
         engine = self._engine
         access = memory_faults.access_kind(engine.error_code)
+        if access == vcpu_pb2.ACCESS_KIND_EXECUTE and self._context.window is not None:
+            inside = startup_window.contains(self._context.window, engine.fault_address >> 12)
+            if not inside or self._environment.cpl == 3:
+                return startup.fetch_outside(self._context, engine.fault_address)
         if self._core.coherence.allow(engine.fault_address >> 12, access, self._environment.cpl == 3):
             return None
         raise NestedFault(engine.fault_address, access)

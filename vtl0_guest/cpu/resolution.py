@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from vtl0_guest.cpu import delivery, levels, state
+from vtl0_guest.cpu import delivery, levels, startup_window, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, Shutdown, general_protection
 from vtl0_guest.cpu.gates import Event
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 
 # All other answers to a state that is about to be loaded are a shutdown.
 _ENDS_STATE_LOAD = frozenset({vcpu_pb2.ACTION_COMMIT, vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET})
+
+
+def _exception(message: vcpu_pb2.Exception, rip: int) -> Event:
+    vector = message.vector & 0x1F
+    error = message.error_code if message.HasField("error_code") else None
+    return Event(vector, error, rip, address=message.address if vector == Vector.PF else None)
+
+
+def fault_of(resolution: vcpu_pb2.Resolution) -> GuestFault | None:
+    """The exception that a resolution names."""
+    if not resolution.HasField("exception"):
+        return None
+    event = _exception(resolution.exception, 0)
+    return GuestFault(event.vector, event.error_code, event.address)
 
 
 class Resolver:
@@ -58,6 +72,10 @@ class Resolver:
                 self._core.invalidate_code(update.invalidate_code.gfns)
             elif kind == "hypercall_page":
                 self._core.set_hypercall_page(update.hypercall_page)
+            elif kind == "startup_window":
+                runs = startup_window.checked(list(update.startup_window.runs), self._core.nested.ram_pages)
+                if self._context.window is not None:
+                    self._context.open_window(runs)
             elif kind == "flush_translations":
                 self._context.engine.flush_translations()
             elif kind in synthetic.CHECKS:
@@ -88,7 +106,7 @@ class Resolver:
         rip = self._context.environment.rip
         kind = event.WhichOneof("event")
         if kind == "exception":
-            yield self._exception(event.exception, rip)
+            yield _exception(event.exception, rip)
         elif kind == "interrupt_vector":
             yield Event(event.interrupt_vector & 0xFF, None, rip, external=True)
         elif kind == "nmi" and event.nmi:
@@ -101,12 +119,6 @@ class Resolver:
             if event.irq_line.irq > 15:
                 raise errors.BadArgument(f"IRQ {event.irq_line.irq}", "is not an ISA line")
             self._core.platform.set_irq(event.irq_line.irq, event.irq_line.asserted)
-
-    @staticmethod
-    def _exception(message: vcpu_pb2.Exception, rip: int) -> Event:
-        vector = message.vector & 0x1F
-        error = message.error_code if message.HasField("error_code") else None
-        return Event(vector, error, rip, address=message.address if vector == Vector.PF else None)
 
     # ---------------------------------------------------------------------------------------------- resolutions
 
@@ -129,13 +141,10 @@ class Resolver:
             self._context.advance(operation.length)
 
     def _deny(self, operation: Operation, resolution: vcpu_pb2.Resolution) -> Operation | None:
-        if resolution.HasField("exception"):
-            event = self._exception(resolution.exception, 0)
-            fault = GuestFault(event.vector, event.error_code, event.address)
-        elif operation.message:
+        if operation.refuse is not None:
+            operation.refuse(resolution)
             return None
-        else:
-            fault = general_protection()
+        fault = fault_of(resolution) or general_protection()
         if operation.event is not None:
             # Refused while something else was delivered: that delivery faulted.
             interrupted = operation.event
@@ -156,7 +165,8 @@ class Resolver:
         return None
 
     def _skip(self, operation: Operation, _resolution: vcpu_pb2.Resolution) -> Operation | None:
-        if operation.message:
+        if operation.refuse is not None:
+            operation.refuse(vcpu_pb2.Resolution())
             return None
         if not operation.length:
             raise CannotEmulate(f"{operation.exit.WhichOneof('reason')} has no instruction to skip")

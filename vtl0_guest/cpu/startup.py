@@ -11,6 +11,7 @@ from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.apic_registers import Delivery
 from vtl0_guest.cpu.devices.local_apic import Startup
 from vtl0_guest.cpu.operation import Operation
+from vtl0_guest.cpu.resolution import fault_of
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _CD_NW = 0x6000_0000
@@ -35,17 +36,19 @@ def init(context: Context) -> None:
     message.gdtr.limit = message.idtr.limit = _LIMIT
     context.local_apic.init()
     state.load(context, message)
+    context.open_window(None)
     context.trap_pending = context.repeat = False
     context.waits_for_startup = True
 
 
 def start(context: Context, vector: int) -> None:
-    """SIPI: real mode at page `vector`, offset 0."""
+    """SIPI: real mode at page `vector`, offset 0; under a filter that wants one, with a window of no page."""
     registers = state.read(context)
     registers.registers.cs.CopyFrom(_segment(vector << 8, vector << 12, _CODE))
     registers.registers.rip = 0
     del registers.msrs[:]
     state.load(context, registers)
+    context.open_window(() if context.intercepts.startup_window else None)
 
 
 def held(context: Context) -> Operation | None:
@@ -55,12 +58,35 @@ def held(context: Context) -> Operation | None:
         return None
     vector = message.vector if message.delivery == Delivery.STARTUP else 0
     kind = _KINDS[Delivery(message.delivery)]
-    startup = vcpu_pb2.Startup(target_vp=message.target.vp_index, kind=kind, vector=vector)
+    startup = vcpu_pb2.Startup(
+        target_vp=message.target.vp_index, kind=kind, vector=vector, target_parked=message.target.is_parked()
+    )
 
     def commit(vector: int) -> None:
         context.platform.deliver_startup(Startup(message.target, message.delivery, vector & 0xFF))
 
-    return Operation(vcpu_pb2.Exit(startup=startup), commit, vector, message=True)
+    def refuse(resolution: vcpu_pb2.Resolution) -> None:
+        """The message is dropped."""
+        fault = fault_of(resolution)
+        if fault is not None:
+            raise fault
+
+    return Operation(vcpu_pb2.Exit(startup=startup), commit, vector, refuse=refuse)
+
+
+def fetch_outside(context: Context, gpa: int) -> Operation:
+    """The exit for a fetch that the open window does not cover. Whatever does not end it leaves INIT's state."""
+    load = vcpu_pb2.StateLoad(cause=vcpu_pb2.STATE_LOAD_CAUSE_STARTUP_END, state=state.read(context), gpa=gpa)
+
+    def commit(_value: int) -> None:
+        context.open_window(None)
+        context.engine.set_pending(True)  # an SMI may have waited for that
+
+    return Operation(
+        vcpu_pb2.Exit(state_load=load),
+        commit,
+        refuse=lambda _resolution: init(context),
+    )
 
 
 def _segment(selector: int, base: int, attributes: int) -> registers_pb2.Segment:

@@ -12,6 +12,7 @@ from tests.unit.cpu.machine import DATA, PDPT, A, assemble
 from tests.unit.cpu.test_smp import TRAMPOLINE, X2APIC, Machine, icr, wait_for
 from vtl0_guest.cpu.devices.apic_registers import Delivery
 from vtl0_guest.cpu.devices.local_apic import Startup
+from vtlab.errors import BadArgument
 from vtlab.ram import Ram
 
 INIT, STARTUP = 0x4500, 0x4600 | TRAMPOLINE >> 12
@@ -214,3 +215,144 @@ def test_with_an_exit_open_a_kick_loses_nothing(machine: Machine) -> None:
     with machine.running(1):
         wait_for(lambda: waits(machine))
     assert machine.peek(DATA) == 0
+
+
+# ------------------------------------------------------------------------------------------------ the window after SIPI
+
+WINDOW = A.Update(
+    intercepts=A.InterceptFilter(startup_window=True, cr0_mask=1 << 16, cr4_mask=1 << 20, idtr_writes=True)
+)
+OUTSIDE = 0xC000
+SMEP = 1 << 20
+JUMP = struct.pack("<BHH", 0xEA, 0, OUTSIDE >> 4)  # far, to another page
+
+
+def pages(*runs: int) -> A.Update:
+    return A.Update(startup_window=A.StartupWindow(runs=runs))
+
+
+def message(machine: Machine, delivery: Delivery) -> None:
+    """INIT or SIPI for processor 1, from outside."""
+    with machine.platform._guard:
+        machine.platform.local_apic(1).receive(delivery, TRAMPOLINE >> 12)
+
+
+class Ap:
+    """Processor 1, started by SIPI under a filter that wants a window."""
+
+    def __init__(self, machine: Machine, code: str) -> None:
+        boot(machine, "l: jmp l")
+        machine.poke(TRAMPOLINE, assemble(code, 16, 0))
+        self.processor = machine.core.processor(1)
+        self.processor._resolver.prepare([WINDOW])
+        message(machine, Delivery.STARTUP)
+        self.exit = A.Exit()
+
+    def run(self, action: A.Action.ValueType = A.ACTION_UNSPECIFIED, *updates: A.Update) -> str:
+        resolution = A.Resolution(action=action)
+        self.exit = self.processor.run(A.Enter(resolution=resolution, updates=updates))
+        return self.exit.WhichOneof("reason") or ""
+
+
+STEPS = f"mov eax, cr4; or eax, {SMEP}; mov cr4, eax; mov byte ptr [{MARK}], 1; lidt [0]"
+MARKS = f"xor ax, ax; mov ds, ax; mov byte ptr [{MARK}], 0x77; cli; hlt"
+
+
+def far(machine: Machine) -> Ap:
+    """The trampoline stores, sets CR4.SMEP, loads IDTR and jumps to another page, which stores and halts."""
+    machine.poke(OUTSIDE, assemble(MARKS, 16, 0))
+    code = assemble(STEPS, 16, 0) + JUMP
+    ap = Ap(machine, "nop")
+    machine.poke(TRAMPOLINE, code)
+    return ap
+
+
+def test_the_first_fetch_after_sipi_exits(machine: Machine) -> None:
+    ap = far(machine)
+    assert ap.run() == "state_load"
+    load = ap.exit.state_load
+    assert (load.cause, load.gpa) == (A.STATE_LOAD_CAUSE_STARTUP_END, TRAMPOLINE)
+    assert (load.state.registers.cs.base, load.state.registers.rip) == (TRAMPOLINE, 0)
+
+
+def test_only_pages_of_the_window_run_and_pins_are_suspended_in_it(machine: Machine) -> None:
+    ap = far(machine)
+    ap.run()
+    assert ap.run(A.ACTION_RETRY, pages(TRAMPOLINE >> 12, 1)) == "state_load"
+    assert (ap.exit.state_load.gpa, ap.exit.state_load.state.registers.cr4) == (OUTSIDE, SMEP)
+    assert machine.peek(MARK, 1) == 1, "the trampoline ran, the page behind it did not"
+    assert ap.run(A.ACTION_RETRY) == "state_load", "nothing was allowed"
+    assert ap.run(A.ACTION_COMMIT) == "halt"
+    assert machine.peek(MARK, 1) == 0x77
+
+
+@pytest.mark.parametrize("action", [A.ACTION_UNSPECIFIED, A.ACTION_DENY, A.ACTION_SKIP], ids=A.Action.Name)
+def test_who_may_not_leave_waits_for_sipi_again(machine: Machine, action: A.Action.ValueType) -> None:
+    ap = far(machine)
+    ap.run()
+    ap.run(A.ACTION_RETRY, pages(TRAMPOLINE >> 12, 1))
+    operation = ap.processor._open
+    assert operation is not None
+    resolution = A.Resolution(action=action, exception=A.Exception(vector=13, error_code=0))
+    assert ap.processor._resolver.resolve(operation, resolution) is None
+    assert waits(machine)
+    assert ap.processor.context.window is None
+    assert ap.processor.state().registers.cr4 == 0
+    assert machine.peek(MARK, 1) == 1
+
+
+def test_data_outside_the_window_has_its_own_rights(machine: Machine) -> None:
+    """Stores pass; those that the nested table refuses are refused as ever."""
+    machine.protect(OUTSIDE, access=A.PageAccess(read=True), store=A.PAGE_STORE_SEALED)
+    ap = Ap(machine, f"mov ax, {OUTSIDE >> 4}; mov ds, ax; mov byte ptr [8], 1; hlt")
+    ap.run()
+    assert ap.run(A.ACTION_RETRY, pages(TRAMPOLINE >> 12, 1)) == "memory_fault"
+    assert ap.exit.memory_fault.gpa == OUTSIDE + 8
+
+
+def test_the_window_is_this_processors_own(machine: Machine) -> None:
+    """Others run all they could, while it is open."""
+    ap = far(machine)
+    ap.run()
+    machine.boot(f"mov byte ptr [{DATA}], 5; vmmcall")
+    assert machine.run() == "hypercall"
+    assert machine.peek(DATA, 1) == 5
+
+
+def test_pins_are_back_when_the_window_ends(machine: Machine) -> None:
+    ap = Ap(machine, "nop")
+    code = assemble(f"mov eax, {SMEP}; mov cr4, eax", 16, 0) + JUMP
+    machine.poke(TRAMPOLINE, code)
+    machine.poke(OUTSIDE, assemble("xor eax, eax; mov cr4, eax; l: jmp l", 16, 0))
+    ap.run()
+    ap.run(A.ACTION_RETRY, pages(TRAMPOLINE >> 12, 1))
+    assert ap.run(A.ACTION_COMMIT) == "register_write"
+    assert ap.exit.register_write.old_value == SMEP
+
+
+def test_a_window_that_cannot_be_is_refused(machine: Machine) -> None:
+    ap = far(machine)
+    ap.run()
+    for runs in ([1], [1 << 40, 1], [0, 1, 512, 1, 1024, 1, 1536, 1, 2048, 1]):
+        with pytest.raises(BadArgument, match="StartupWindow"):
+            ap.processor._resolver.prepare([pages(*runs)])
+
+
+def test_init_closes_the_window_and_the_next_sipi_opens_it_anew(machine: Machine) -> None:
+    ap = far(machine)
+    ap.run()
+    ap.run(A.ACTION_RETRY, pages(TRAMPOLINE >> 12, 1))
+    message(machine, Delivery.INIT)
+    message(machine, Delivery.STARTUP)
+    assert ap.run(A.ACTION_RETRY) == "state_load"
+    assert ap.exit.state_load.gpa == TRAMPOLINE
+
+
+def test_a_processor_tells_whether_its_target_is_parked(machine: Machine) -> None:
+    boot(machine, f"{X2APIC}; {icr(INIT)}; {icr(INIT)}; vmmcall")
+    target = machine.core.processor(1).context
+    machine.run(updates=[FILTER])
+    assert machine.exit.startup.target_parked
+    target.waits_for_startup = False
+    machine.run(A.ACTION_SKIP)
+    assert not machine.exit.startup.target_parked

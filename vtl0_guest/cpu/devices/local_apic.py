@@ -64,6 +64,7 @@ class LocalApic:
         on_eoi: told the vector that each EOI ends.
         holds_startups: INIT and SIPI that this processor sends, and those that reach it undecided, wait in
             `held_startups` instead of being delivered (vcpu.proto, InterceptFilter.startups).
+        is_parked: tells whether the processor runs nothing (vcpu.proto, Startup.target_parked).
     """
 
     def __init__(self, vp_index: int, guard: Guard, clock: Clock, bus: Sequence[LocalApic]) -> None:
@@ -98,6 +99,7 @@ class LocalApic:
         self._init = False
         self._startup: int | None = None
         self.holds_startups = False
+        self.is_parked: Callable[[], bool] = lambda: False
         self.held_startups: deque[Startup] = deque(maxlen=_MOST_HELD)
         self._reset()
 
