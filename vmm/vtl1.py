@@ -76,6 +76,11 @@ def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
 
 def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
     """Has VTL1 judge an exit of VTL0."""
+    return conclude(board, processor, judged(board, processor, exit_))
+
+
+def judged(board: Board, processor: Processor, exit_: Exit) -> Resolution:
+    """VTL1's verdict on an exit of VTL0; what it wants programmed is."""
     answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT, intercept=exit_))
     if answer.HasField("stand_down"):
         raise GuestMisbehaved(f"VTL1 of {board.vm}", "stands down though no VTL call asked for it")
@@ -84,7 +89,7 @@ def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
         vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, exit_.sequence, weight=512
     )
     take_updates(board, processor, answer)
-    return conclude(board, processor, resolution)
+    return resolution
 
 
 def conclude(board: Board, processor: Processor, resolution: Resolution) -> Answer:

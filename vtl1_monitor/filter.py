@@ -23,6 +23,9 @@ _TABLES = {
 }
 
 
+_SWITCHES = ("cpuid", "hlt", "invlpg", "state_loads", "no_smi", "startups", "startup_window")
+
+
 def intercept_filter(
     rules: Rules, roots: Iterable[int], extra: Iterable[vcpu_pb2.InterceptFilter] = ()
 ) -> vcpu_pb2.InterceptFilter:
@@ -56,7 +59,7 @@ def _merge(into: vcpu_pb2.InterceptFilter, other: vcpu_pb2.InterceptFilter) -> N
     """Makes `into` exit on what either exits on."""
     for field in _MASKS.values():
         setattr(into, field, getattr(into, field) | getattr(other, field))
-    for field in (*_TABLES.values(), "cpuid", "hlt", "invlpg", "state_loads", "no_smi"):
+    for field in (*_TABLES.values(), *_SWITCHES):
         setattr(into, field, getattr(into, field) or getattr(other, field))
     if other.cr3_writes:
         into.cr3_writes = True

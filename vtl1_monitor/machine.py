@@ -21,6 +21,7 @@ from vtl1_monitor.policy.schema import Phase
 from vtl1_monitor.policy.text import PolicyText
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.secrets import Secrets
+from vtl1_monitor.startup_judge import KEPT, judge_startup, kept
 from vtl1_monitor.state_load import judge_load
 from vtl1_monitor.table_guard import TableGuard
 from vtl1_monitor.verdicts import VerdictLog
@@ -77,10 +78,14 @@ class Processor:
     Attributes:
         locked: LOCK_REGS was called.
         filter_version: which filter it runs with.
+        window: pages below 1 MiB that it may execute since SIPI, where no rule names them.
+        keeps_pins: VTL1 has set its pins; what it writes meanwhile is written with them, until it sets them itself.
     """
 
     locked: bool = False
     filter_version: int = 0
+    window: set[int] = field(default_factory=set)
+    keeps_pins: bool = False
 
 
 class Machine:
@@ -128,6 +133,8 @@ class Machine:
         self.grants: list[Action] = []
         # CR0, CR4 and EFER of the first vCPU that was locked, by register name.
         self.locked_values: dict[int, int] = {}
+        # Page below 1 MiB -> SHA-256 of it when the policy was locked, where startups depend on it.
+        self.low_memory: dict[int, bytes] = {}
         self.filter_version = 1
         # The last filter that lets less pass than the one before it.
         self.strict_version = 1
@@ -190,16 +197,41 @@ class Machine:
         """The verdict on an exit of this vCPU, grants and rules in code included; recorded."""
         locked = self.processors[vp_index].locked
         rules = self.rules if locked else self.rules_before_lock
-        if exit_.HasField("state_load"):
+        if exit_.HasField("startup"):
+            verdict = judge_startup(rules, self, exit_.startup)
+        elif exit_.HasField("state_load"):
             verdict = judge_load(rules, self, exit_.state_load)
         else:
             verdict = judge(rules, self, exit_)
+        if self.processors[vp_index].keeps_pins and exit_.HasField("register_write"):
+            verdict = self._kept(vp_index, exit_.register_write, verdict)
         if not verdict.allowed and exit_.origin != vcpu_pb2.ORIGIN_CLIENT:
             verdict = self._granted(exit_, verdict)
         if locked:
             verdict = api.apply(self.code_rules, exit_, verdict, self)
         self.verdicts.record(exit_, verdict.resolution, verdict.rule)
         return verdict
+
+    def _kept(self, vp_index: int, write: vcpu_pb2.RegisterWrite, verdict: Verdict) -> Verdict:
+        """A write of a vCPU whose pins VTL1 has set: with the pins, as long as it does not set them itself."""
+        if write.name not in KEPT:
+            return verdict
+        value = kept(self.rules, write.name, write.new_value)
+        if verdict.allowed:
+            if write.name == registers_pb2.REGISTER_NAME_CR4 and value == write.new_value:
+                self.keep_pins(vp_index, on=False)
+            return verdict
+        kept_write = vcpu_pb2.RegisterWrite(name=write.name, old_value=write.old_value, new_value=value)
+        if not judge(self.rules, self, vcpu_pb2.Exit(register_write=kept_write)).allowed:
+            return verdict
+        reason = f"{verdict.rule}: written with the pins, which VTL1 has set for this startup"
+        action = vcpu_pb2.ACTION_REPLACE
+        return Verdict(vcpu_pb2.Resolution(action=action, value=value, reason=reason), verdict.rule)
+
+    def keep_pins(self, vp_index: int, *, on: bool = True) -> None:
+        """Whether VTL1 keeps the pins for that vCPU, which shows it every change of CR4."""
+        self.processors[vp_index].keeps_pins = on
+        self.processors[vp_index].filter_version = 0
 
     def _granted(self, exit_: vcpu_pb2.Exit, verdict: Verdict) -> Verdict:
         if exit_.WhichOneof("reason") not in ("register_write", "msr"):
@@ -213,9 +245,14 @@ class Machine:
 
     # ------------------------------------------------------------------------------------- what holds
 
-    def intercept_filter(self) -> vcpu_pb2.InterceptFilter:
+    def intercept_filter(self, vp_index: int = 0) -> vcpu_pb2.InterceptFilter:
         """For vCPUs that are locked."""
-        return intercept_filter(self.rules, self.roots, (rule.filter() for rule in self.code_rules))
+        result = intercept_filter(self.rules, self.roots, (rule.filter() for rule in self.code_rules))
+        if self.end_of_boot and not self.rules.startup.allowed:
+            result.startups, result.startup_window = True, True
+        if self.processors[vp_index].keeps_pins:
+            result.cr4_mask = (1 << 64) - 1
+        return result
 
     def filter_changed(self, *, stricter: bool = True) -> None:
         """Makes every locked vCPU get the new filter with the next VTL return of any of them.
@@ -230,7 +267,7 @@ class Machine:
     def lock_all(self) -> None:
         """The pins hold on every vCPU, also on those that never asked for it.
 
-        They judge changes: a vCPU that INIT has reset may start, and what it sets stays set.
+        They judge changes; what INIT clears is judged as a whole when the vCPU leaves its trampoline.
         """
         for processor in self.processors:
             if not processor.locked:
@@ -248,7 +285,7 @@ class Machine:
         if not processor.locked or processor.filter_version == self.filter_version:
             return None
         processor.filter_version = self.filter_version
-        return self.intercept_filter()
+        return self.intercept_filter(vp_index)
 
     @property
     def default_code(self) -> int:

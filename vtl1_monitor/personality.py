@@ -18,6 +18,7 @@ from vtl1_monitor.memory import GuestFault
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.services.call import Call, Refused
 from vtl1_monitor.services.guard import guard
+from vtl1_monitor.services.startup import fetch_outside
 from vtl1_monitor.services.table import serve
 from vtl1_monitor.steps import ProtectFailed, Steps
 from vtlab.errors import WrongState
@@ -26,6 +27,7 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 VTL = 1
 # In place of a service number, for what an operator asks.
 _GUARD = -1
+_STARTUP = -2
 
 
 class PolicyProcessor:
@@ -87,6 +89,8 @@ class PolicyProcessor:
         return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, protect=request)
 
     def _refused(self, call: Call, refusal: Refused) -> vcpu_pb2.Exit:
+        if call.service == _STARTUP:
+            return self._returned(call, 0)
         if call.service == _GUARD:
             resolution = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_DENY, reason=str(refusal))
             self._call = None
@@ -102,6 +106,8 @@ class PolicyProcessor:
             return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, vtl_return=answer)
         if call.service == _GUARD:
             return self._vtl_return(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT), call.updates)
+        if call.service == _STARTUP:
+            return self._vtl_return(call.resolution, call.updates)
         r8 = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_R8, value=result % (1 << 64))
         return self._vtl_return(call.resolution, [*call.updates, vcpu_pb2.Update(register=r8)])
 
@@ -123,6 +129,11 @@ class PolicyProcessor:
         if client != (intercept.origin == vcpu_pb2.ORIGIN_CLIENT):
             origin = vcpu_pb2.Origin.Name(intercept.origin)
             raise WrongState(f"vCPU {self._vp_index} of VTL1", f"entered with a write whose origin is {origin}")
+        load = intercept.state_load
+        if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_STARTUP_END:
+            self._call = Call(self._machine, self._vp_index, _STARTUP, intercept.registers)
+            self._steps = fetch_outside(self._call, intercept)
+            return self._advance(None)
         verdict = self._machine.judge(self._vp_index, intercept)
         updates = []
         if verdict.resolution.action == vcpu_pb2.ACTION_RETRY and intercept.WhichOneof("reason") == "memory_fault":

@@ -8,7 +8,7 @@ from vmm.hypercalls.table import Call, Reply
 from vmm.processor import Processor
 from vmm.processor_state import initial_state
 from vmm.vtl import VTL1
-from vmm.vtl1 import enable_vtl1
+from vmm.vtl1 import enable_vtl1, judged
 from vtlab.hyperv.hypercalls import PARTITION_SELF, decode_input_vtl
 from vtlab.hyperv.layouts import (
     INITIAL_VP_CONTEXT_SIZE,
@@ -20,7 +20,8 @@ from vtlab.hyperv.layouts import (
 )
 from vtlab.hyperv.status import HvStatus
 from vtlab.hyperv.vsm import EnablePartitionVtlFlags
-from vtlab.v1.vcpu_pb2 import StartProcessor, Update
+from vtlab.v1 import vcpu_pb2
+from vtlab.v1.vcpu_pb2 import Exit, StartProcessor, Startup, Update
 
 ENABLE_VP_VTL_SIZE = VP_HEADER_SIZE + INITIAL_VP_CONTEXT_SIZE
 APIC_ID_HEADER_SIZE = 16
@@ -65,6 +66,23 @@ def _start(target: Processor, vtl: int, context: bytes) -> None:
     target.post(Update(start_processor=StartProcessor(state=initial_state(registers, pat))), vtl=vtl)
 
 
+def _may_start(call: Call, target: Processor, context: bytes) -> bool:
+    """Whether a policy at VTL1 that judges startups lets the VP begin with that context."""
+    board = call.board
+    if board.guest_code or not board.watches(call.processor) or not call.processor.watched.filter.startups:
+        return True
+    registers, pat = decode_initial_vp_context(context)
+    startup = Startup(
+        target_vp=target.index,
+        kind=vcpu_pb2.STARTUP_KIND_CONTEXT,
+        context=initial_state(registers, pat),
+        target_parked=not target.vtl.started,
+    )
+    exit_ = Exit(vp_index=call.processor.index, vtl=call.vtl, origin=vcpu_pb2.ORIGIN_VCPU, startup=startup)
+    exit_.registers.CopyFrom(call.exit.registers)
+    return judged(board, call.processor, exit_).action == vcpu_pb2.ACTION_COMMIT
+
+
 def start_virtual_processor(call: Call) -> Reply:
     """HvCallStartVirtualProcessor: a VP that was never started begins with the context, at the level it is for."""
     request = VpHeader.decode(call.header[:VP_HEADER_SIZE])
@@ -73,6 +91,8 @@ def start_virtual_processor(call: Call) -> Reply:
     if status:
         return Reply(status)
     target = call.board.processors[resolve_vp(facts, request.vp_index)]
+    if not _may_start(call, target, call.header[VP_HEADER_SIZE:]):
+        return Reply(HvStatus.ACCESS_DENIED)
     target.vtl.started = True
     _start(target, request.vtl, call.header[VP_HEADER_SIZE:])
     if request.vtl:

@@ -46,7 +46,20 @@ def _lines(rules: Rules) -> Iterator[str]:
         consequence = _CONSEQUENCE[rules.violation("page_tables")]
         yield f"page_tables: written by VTL1 only{_phase(rules.guard_page_tables)}; else {consequence}"
     yield from _lifecycle_lines(rules)
+    if not rules.startup.allowed:
+        yield _startup_line(rules)
     yield from _service_lines(rules)
+
+
+def _startup_line(rules: Rules) -> str:
+    rule, end = rules.startup, f"; else {_CONSEQUENCE[rules.startup.violation]}"
+    if not rule.trampoline:
+        return f"startup: no vCPU is stopped or started{end}"
+    place = "pages below 1 MiB as they were at lock"
+    if rule.run is not None:
+        place = f"{rule.run.first * PAGE_SIZE:#x}-{rule.run.end * PAGE_SIZE:#x}"
+    pins = "VTL1 sets the pins behind it" if rule.sets_pins else "the pins must hold behind it"
+    return f"startup: only through {place}; {pins}{end}"
 
 
 def _value_lines(rule: ValueRule, bits: type[IntFlag] | None) -> Iterator[str]:

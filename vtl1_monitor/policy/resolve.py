@@ -11,8 +11,20 @@ from typing import NamedTuple
 from vtl1_monitor.policy.bits import ALL_BITS, CONTROL_REGISTERS, TABLE_REGISTERS, msr_index
 from vtl1_monitor.policy.image import Area, BootImage
 from vtl1_monitor.policy.problems import PolicyProblems
-from vtl1_monitor.policy.rules import Action, MemoryRule, Rules, TableRule, ValueRule
-from vtl1_monitor.policy.schema import BitsRule, Path, Phase, Policy, free_bits, frozen_mask, mask
+from vtl1_monitor.policy.rules import Action, MemoryRule, Rules, StartupRule, TableRule, ValueRule
+from vtl1_monitor.policy.schema import (
+    LOW_MEMORY,
+    BitsRule,
+    Path,
+    Phase,
+    Pins,
+    Policy,
+    StartupWord,
+    Trampoline,
+    free_bits,
+    frozen_mask,
+    mask,
+)
 from vtl1_monitor.policy.schema import MemoryRule as MemoryModel
 from vtl1_monitor.policy.schema import ValueRule as ValueModel
 from vtl1_monitor.policy.text import PolicyText
@@ -110,6 +122,7 @@ def _assemble(
     }
     cr3 = policy.registers.cr3
     return Rules(
+        startup=_startup_rule(policy, memory),
         policy_name=policy.name,
         registers=registers,
         msrs={msr_index(key): _value_rule(key, rule, 0, policy) for key, rule in policy.msrs.items()},
@@ -132,6 +145,16 @@ def _assemble(
         },
         lifecycle=policy.lifecycle,
     )
+
+
+def _startup_rule(policy: Policy, memory: tuple[MemoryRule, ...]) -> StartupRule:
+    violation = policy.violation.by_rule.get("startup", policy.violation.default)
+    startup = policy.startup
+    if not isinstance(startup, Trampoline):
+        return StartupRule(violation, allowed=startup is StartupWord.ALLOW)
+    run = next((rule.run for rule in memory if rule.name == startup.trampoline), None)
+    sets = startup.pins is Pins.SET
+    return StartupRule(violation, run=run, low_memory=startup.trampoline == LOW_MEMORY, sets_pins=sets)
 
 
 # A policy that forgot these could be taken but never locked.

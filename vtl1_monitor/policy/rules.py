@@ -71,6 +71,32 @@ class MemoryRule:
 
 
 @dataclass(frozen=True)
+class StartupRule:
+    """INIT and SIPI of vCPUs. The empty value refuses both.
+
+    Attributes:
+        allowed: nothing is judged.
+        run: pages of the trampoline, the only ones that may be executed from SIPI until every pin holds.
+        low_memory: the trampoline is any page below 1 MiB that is what it was when the policy was locked.
+        sets_pins: VTL1 sets pinned bits that a vCPU lacks when it leaves the trampoline, instead of refusing it.
+    """
+
+    violation: Violation = Violation.GP
+    allowed: bool = False
+    run: Run | None = None
+    low_memory: bool = False
+    sets_pins: bool = False
+
+    @property
+    def trampoline(self) -> bool:
+        return self.run is not None or self.low_memory
+
+    def covers(self, page: int) -> bool:
+        """Whether SIPI may start a vCPU there."""
+        return self.low_memory or (self.run is not None and self.run.first <= page < self.run.end)
+
+
+@dataclass(frozen=True)
 class Action:
     """What a re-authenticated VTL0 may do once."""
 
@@ -102,6 +128,7 @@ class Rules:
     services: frozenset[Service] = frozenset(Service)
     actions: Mapping[str, Action] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    startup: StartupRule = field(default_factory=lambda: StartupRule(allowed=True))
 
     def violation(self, rule: str) -> Violation:
         """What breaking a rule does."""
@@ -109,7 +136,7 @@ class Rules:
 
     def without_registers(self) -> Rules:
         """The same before LOCK_REGS: memory rules only."""
-        return replace(self, registers={}, msrs={}, tables={}, cr3=None)
+        return replace(self, registers={}, msrs={}, tables={}, cr3=None, startup=StartupRule(allowed=True))
 
     @property
     def private(self) -> tuple[MemoryRule, ...]:

@@ -203,6 +203,39 @@ class PageTables(Model):
     when: Annotated[Phase, _by_value(Phase)] = Phase.LOCK
 
 
+class StartupWord(Enum):
+    """Startups that are not judged one by one."""
+
+    DENY = "deny"
+    ALLOW = "allow"
+
+
+class Pins(Enum):
+    """What a vCPU that leaves the trampoline without a pinned bit meets."""
+
+    DEMAND = "demand"
+    SET = "set"
+
+
+LOW_MEMORY = "low_memory"
+
+
+class Trampoline(Model):
+    """`trampoline`: name of a memory rule, or LOW_MEMORY."""
+
+    trampoline: Name
+    pins: Annotated[Pins, _by_value(Pins)] = Pins.DEMAND
+
+
+def _startup(value: object) -> object:
+    if isinstance(value, dict):
+        return Trampoline.model_validate(value)
+    for word in StartupWord:
+        if word.value == value:
+            return word
+    raise ValueError("must be 'deny', 'allow' or a mapping with 'trampoline'")
+
+
 class Modules(Model):
     certificate_section: str = Field(min_length=1, max_length=256)
 
@@ -276,11 +309,12 @@ class Policy(Model):
     patches: Patches | None = None
     services: list[ServiceName] | None = Field(default=None, max_length=len(Service))
     actions: dict[ActionName, Authentication] = Field(default={}, max_length=MAX_RULES)
+    startup: Annotated[StartupWord | Trampoline, BeforeValidator(_startup)] = StartupWord.DENY
 
     def rule_names(self) -> set[str]:
         """Names under which a verdict can be recorded and `violation` can be set."""
         registers = {key for key in Registers.model_fields if getattr(self.registers, key) is not None}
-        names = registers | set(self.msrs) | {rule.name for rule in self.memory} | {"modules", "services"}
+        names = registers | set(self.msrs) | {rule.name for rule in self.memory} | {"modules", "services", "startup"}
         return names | ({"page_tables"} if self.page_tables.guard else set())
 
 
@@ -315,6 +349,18 @@ def cross_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
         if rule.private and policy.violation.by_rule.get(rule.name) in (Violation.LOG, Violation.SKIP):
             yield ("violation", rule.name), "private memory is never opened: use gp, halt or reset"
     yield from _action_checks(policy)
+    yield from _startup_checks(policy)
+
+
+def _startup_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
+    if not isinstance(policy.startup, Trampoline) or policy.startup.trampoline == LOW_MEMORY:
+        return
+    name = policy.startup.trampoline
+    rule = next((rule for rule in policy.memory if rule.name == name), None)
+    if rule is None:
+        yield ("startup", "trampoline"), f"no memory rule is called '{name}'"
+    elif rule.default or rule.access[1] != "-" or not rule.kernel_execute:
+        yield ("startup", "trampoline"), f"'{name}' is not memory that the kernel executes and cannot write"
 
 
 def _register_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
@@ -363,7 +409,7 @@ def _action_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
 
 def _memory_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
     taken = set(Registers.model_fields) | set(policy.msrs) | {"modules", "services", "page_tables"}
-    taken |= {"default", "measurement"}
+    taken |= {"default", "measurement", "startup", LOW_MEMORY}
     defaults = 0
     for index, rule in enumerate(policy.memory):
         place: Path = ("memory", index)

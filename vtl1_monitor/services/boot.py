@@ -8,6 +8,7 @@ from vtl1_monitor.judge import CR3_BASE
 from vtl1_monitor.policy.rules import Rules
 from vtl1_monitor.policy.schema import Phase
 from vtl1_monitor.services.call import Call, Refused
+from vtl1_monitor.services.startup import remember_low_memory
 from vtl1_monitor.services.take_policy import guard_page_tables
 from vtl1_monitor.steps import Steps, protect
 from vtlab.v1 import registers_pb2, vcpu_pb2
@@ -57,6 +58,9 @@ def end_of_boot(call: Call) -> Steps:
     yield from protect(machine.memory, machine.end_of_boot_changes())
     if machine.rules.guard_page_tables is Phase.END_OF_BOOT:
         yield from guard_page_tables(call)
+    if machine.rules.startup.low_memory:
+        remember_low_memory(machine)
     machine.end_of_boot = True
+    machine.filter_changed()
     machine.lock_all()
     return 0
