@@ -44,9 +44,12 @@ def judge_startup(rules: Rules, facts: StateFacts, startup: vcpu_pb2.Startup) ->
     if startup.kind == vcpu_pb2.STARTUP_KIND_CONTEXT:
         load = vcpu_pb2.StateLoad(cause=vcpu_pb2.STATE_LOAD_CAUSE_STARTUP_END, state=startup.context)
         return judge_state(rules, facts, load)
+    sipi = startup.kind == vcpu_pb2.STARTUP_KIND_SIPI
+    if not startup.target_parked and sipi:  # the second of the two that kernels send
+        return _verdict(vcpu_pb2.ACTION_SKIP, f"{what}, which runs and would ignore it")
     if not startup.target_parked:
         return _refused(rule, f"{what}, which runs")
-    if startup.kind == vcpu_pb2.STARTUP_KIND_SIPI and not rule.covers(startup.vector):
+    if sipi and not rule.covers(startup.vector):
         return _refused(rule, f"{what} at {startup.vector << 12:#x}, which is not the trampoline")
     return _verdict(vcpu_pb2.ACTION_COMMIT, f"{what} is legitimate")
 

@@ -250,7 +250,7 @@ class Ap:
 
     def run(self, action: A.Action.ValueType = A.ACTION_UNSPECIFIED, *updates: A.Update) -> str:
         resolution = A.Resolution(action=action)
-        self.exit = self.processor.run(A.Enter(resolution=resolution, updates=updates))
+        self.exit = A.Exit.FromString(self.processor.run(A.Enter(resolution=resolution, updates=updates)))
         return self.exit.WhichOneof("reason") or ""
 
 
