@@ -42,7 +42,6 @@ _TESTS: dict[str, Callable[[Watched, Exit], bool]] = {
     "msr": _msr,
     "memory_fault": lambda _watched, exit_: not exit_.memory_fault.unmapped,
     "startup": lambda _watched, _exit: True,
-    "state_load": lambda _watched, _exit: True,
     "invlpg": lambda watched, _exit: watched.filter.invlpg,
     "port": lambda watched, exit_: _in_ranges(exit_.port.port, watched.filter.ports),
     "cpuid": lambda watched, exit_: watched.filter.cpuid and exit_.cpuid.leaf not in HYPERVISOR_LEAVES,
