@@ -8,12 +8,6 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 _CR3_BASE = 0x000F_FFFF_FFFF_F000
 
 
-_CLEARED_BY_INIT = (
-    *("cr0_mask", "cr0_pinned", "cr4_mask", "cr4_pinned", "efer_mask", "cr3_writes"),
-    *("gdtr_writes", "idtr_writes", "ldtr_writes", "tr_writes"),
-)
-
-
 class Intercepts:
     """One InterceptFilter, made fast to ask.
 
@@ -61,8 +55,8 @@ class Intercepts:
         """What of it holds between SIPI and the end of the window: all but the pins of what INIT clears."""
         kept = vcpu_pb2.InterceptFilter()
         kept.CopyFrom(self._message)
-        for field in _CLEARED_BY_INIT:
-            kept.ClearField(field)
+        kept.cr0_mask = kept.cr0_pinned = kept.cr4_mask = kept.cr4_pinned = kept.efer_mask = 0
+        kept.cr3_writes = kept.gdtr_writes = kept.idtr_writes = kept.ldtr_writes = kept.tr_writes = False
         return Intercepts(kept)
 
     def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:
