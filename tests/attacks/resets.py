@@ -29,12 +29,14 @@ def say(machine: Machine, command: str) -> None:
     machine.write_serial(COMMAND_PORT, f"{command}\n")
 
 
-def again(machine: Machine, act: Callable[[], object], symbols: Symbols, protected: bool) -> tuple[Guest, str]:
+def again(
+    machine: Machine, act: Callable[[], object], symbols: Symbols, protected: bool, design: str = "vtl"
+) -> tuple[Guest, str]:
     """Does what resets the machine and waits for the kernel's next start; the guest then, and what its log says."""
     log = machine.serial_reader(0, from_now=True)
     act()
     said = log.read_until(READY, BOOT_TIMEOUT)
-    return Guest(machine, Driver(machine), symbols, protected), said
+    return Guest(machine, Driver(machine), symbols, protected, design), said
 
 
 def reset(way: str) -> Callable[[Guest], tuple[Guest, Evidence]]:
@@ -43,7 +45,9 @@ def reset(way: str) -> Callable[[Guest], tuple[Guest, Evidence]]:
     def run(guest: Guest) -> tuple[Guest, Evidence]:
         machine = guest.machine
         before = machine.info()
-        following, said = again(machine, lambda: say(machine, f"reset {way}"), guest.symbols, guest.protected)
+        following, said = again(
+            machine, lambda: say(machine, f"reset {way}"), guest.symbols, guest.protected, guest.design
+        )
         following.driver.ping()
         after = machine.info()
         reached = (

@@ -9,6 +9,7 @@ from vtlab_attacks import (
     kernel_memory,
     kexec,
     processor_tables,
+    requests,
     resets,
     secure_memory,
     smm,
@@ -29,4 +30,5 @@ TRANSITION_ATTACKS: list[Attack] = [
     *resets.TRANSITION_ATTACKS,
     *smm.TRANSITION_ATTACKS,
     *kexec.TRANSITION_ATTACKS,
+    *requests.TRANSITION_ATTACKS,
 ]

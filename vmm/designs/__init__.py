@@ -9,6 +9,7 @@ from __future__ import annotations
 from vmm.designs.cr_filter import CrFilter
 from vmm.designs.design import Design
 from vmm.designs.heki import HekiV2, HekiV3
+from vmm.designs.mmio import MmioDevice
 from vmm.designs.native import Native
 from vmm.designs.vtl import Vtl
 from vtlab.errors import BadArgument
@@ -21,6 +22,7 @@ _TABLE: dict[str, type[Design]] = {
     "heki-v2": HekiV2,
     "heki-v3": HekiV3,
     "cr-filter": CrFilter,
+    "mmio-device": MmioDevice,
     "vtl": Vtl,
 }
 NAMES = tuple(_TABLE)

@@ -46,9 +46,11 @@ class Intercepts:
         self.startup_window = message.startup_window
 
     def inside_smm(self) -> Intercepts:
-        """What of it holds in SMM: no pin of a register, table or MSR."""
+        """What of it holds in SMM: no pin of a register, table or MSR, but those of a filter that knows no SMM."""
         kept = vcpu_pb2.InterceptFilter(ports=self._message.ports, no_smi=self.no_smi)
         kept.cpuid, kept.hlt, kept.invlpg = self.cpuid, self.hlt, self.invlpg
+        kept.user_hypercalls = self.user_hypercalls
+        kept.cr0_pinned, kept.cr4_pinned = self._message.cr0_pinned, self._message.cr4_pinned
         return Intercepts(kept)
 
     def inside_window(self) -> Intercepts:

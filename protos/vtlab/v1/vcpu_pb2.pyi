@@ -1023,7 +1023,7 @@ class InterceptFilter(_message.Message):
     user_hypercalls: _builtins.bool
     """VMCALL and VMMCALL exit at every CPL and in real mode; else only CPL0 in protected mode makes hypercalls."""
     cr0_pinned: _builtins.int
-    """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not."""
+    """MOV to CR0 and CR4 exit also if they would leave one of these bits clear, changed or not; in SMM too."""
     cr4_pinned: _builtins.int
     state_loads: _builtins.bool
     """RSM exits with the state that it is about to load (StateLoad)."""

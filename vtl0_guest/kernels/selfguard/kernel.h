@@ -78,6 +78,10 @@ s64 kvm_hypercall(u64 number, u64 a0, u64 a1, u64 a2, u64 a3);
 void heki_v3(void);
 void heki_v2(void);
 
+/* guard_device.c, privileged.S */
+void guard_device_init(void);
+void guard_doorbell(u32 tail);
+
 /* protect.c */
 void protection_choose(const char *command_line);
 void protect(void);

@@ -5,6 +5,9 @@
 #define DIRECT_MAP 0xFFFF888000000000   /* all RAM, writable, no execute */
 #define SPARE_WINDOW (KERNEL_VMA + 0x10000) /* 16 pages without a mapping */
 #define DRIVER_WINDOW (KERNEL_VMA + 0x20000) /* what the vulnerable driver maps for itself */
+#define DEVICE_WINDOW (KERNEL_VMA + 0x1F000) /* the last of them: the guard device, if the kernel uses it */
+#define USER_DEVICE_WINDOW 0x5FF000 /* the same for the user program */
+#define DEVICE_TAIL 0x28
 #define PAGE 4096
 
 /* Low memory, while one kernel makes way for another (kexec.c, relocate.S). */

@@ -14,6 +14,11 @@ write_cr4:
     mov %rdi, %cr4
     ret
 
+    .globl guard_doorbell
+guard_doorbell: /* (tail): who may ask the guard device for what lifts protection is known by this address */
+    mov %edi, DEVICE_WINDOW + DEVICE_TAIL
+    ret
+
 load_gdt: /* (table register image) */
     lgdt (%rdi)
     pushq $SELECTOR_KERNEL_CODE

@@ -18,6 +18,7 @@ static const struct {
     {"protect=none", by_itself},
     {"protect=heki-v3", heki_v3},
     {"protect=heki-v2", heki_v2},
+    {"protect=mmio", guard_device_init},
     {"protect=cr-filter", unprotected}, /* the machine's owner filters, without being asked */
 };
 

@@ -63,6 +63,13 @@ user_payload:
     mov %rax, (%rdi)
     ret
 
+/* user_doorbell(tail): asks the guard device from CPL3. */
+    .globl user_doorbell
+user_doorbell:
+    mov %edi, USER_DEVICE_WINDOW + DEVICE_TAIL
+    xor %eax, %eax
+    ret
+
 /* user_sgdt(): UMIP takes this away from CPL3. */
     .globl user_sgdt
 user_sgdt:
