@@ -81,7 +81,9 @@ def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
 
 def judged(board: Board, processor: Processor, exit_: Exit) -> Resolution:
     """VTL1's verdict on an exit of VTL0; what it wants programmed is."""
-    answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT, intercept=exit_))
+    enter = Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT)
+    enter.intercept.CopyFrom(exit_)
+    answer = enter_vtl1(board, processor, enter)
     if answer.HasField("stand_down"):
         raise GuestMisbehaved(f"VTL1 of {board.vm}", "stands down though no VTL call asked for it")
     resolution = answer.resolution
@@ -107,7 +109,9 @@ def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> A
         return processor.resume(UNDEFINED_OPCODE)
     code = exit_.registers.rdi
     board.log_vtl(processor, VTL0, "call", code)
-    answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL, registers=exit_.registers))
+    enter = Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL)
+    enter.registers.CopyFrom(exit_.registers)
+    answer = enter_vtl1(board, processor, enter)
     if answer.HasField("stand_down"):
         board.over = True
         board.log_vtl(processor, VTL1, "stand-down", code)

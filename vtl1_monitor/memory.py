@@ -9,10 +9,10 @@ from __future__ import annotations
 import mmap
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vtl1_monitor import rights
-from vtl1_monitor.rights import Change, Run
+from vtl1_monitor.rights import Change, Run, Scattered
 from vtlab.ram import PAGE_SIZE, Ram, RamFile
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86 import paging
@@ -71,6 +71,14 @@ class GuestMemory:
         """Name of the rule that gave the page its rights; "" if none did."""
         return self._owner_names[self._owners[gfn]] if 0 <= gfn < self.pages else ""
 
+    def codes_of(self, pages: Iterable[int]) -> Iterator[int]:
+        """The code of each of these pages, which are in RAM."""
+        return map(self.codes.__getitem__, pages)
+
+    def owners_of(self, pages: Iterable[int]) -> Iterator[str]:
+        """The owner of each of these pages, which are in RAM."""
+        return map(self._owner_names.__getitem__, map(self._owners.__getitem__, pages))
+
     def pieces(self, run: Run) -> Iterator[tuple[Run, int, str]]:
         """A run cut where code or owner changes."""
         if run.pages == 1:
@@ -87,18 +95,20 @@ class GuestMemory:
                 yield Run(first, end - first), code, self._owner_names[owner]
                 first = end
 
-    def protect_message(self, changes: Iterable[Change]) -> vcpu_pb2.Protect | None:
+    def protect_message(
+        self, changes: Sequence[Change], scattered: Sequence[Scattered] = ()
+    ) -> vcpu_pb2.Protect | None:
         """What to ask for so that the changes hold; a later change wins. None if all pages already are so."""
-        changes = list(changes)
-        low = min((change.run.first for change in changes), default=0)
-        high = max((change.run.end for change in changes), default=0)
+        spans = [(run.first, run.end) for run, _, _ in changes]
+        spans += [(min(pages), max(pages) + 1) for pages, _, _ in scattered]
+        low, high = min((first for first, _ in spans), default=0), max((end for _, end in spans), default=0)
         present = self.codes[low:high]
         wanted = bytearray(present)
-        for (first, pages), code, _ in changes:
-            if pages == 1:
-                wanted[first - low] = code
-            else:
-                wanted[first - low : first - low + pages] = bytes([code]) * pages
+        for (first, count), code, _ in changes:
+            wanted[first - low : first - low + count] = bytes([code]) * count
+        for pages, code, _ in scattered:
+            for page in pages:
+                wanted[page - low] = code
         by_code: dict[int, list[int]] = {}  # first page and number of pages, alternately
         for different in _NOT_ZERO.finditer(_difference(wanted, present)):
             first, end = different.span()
@@ -115,19 +125,23 @@ class GuestMemory:
         updates = [rights.flat_protection_update(code, by_code[code]) for code in order]
         return vcpu_pb2.Protect(protections=updates)
 
-    def record(self, changes: Iterable[Change]) -> None:
+    def record(self, changes: Iterable[Change], scattered: Iterable[Scattered] = ()) -> None:
         """Notes that the changes hold on every vCPU."""
-        for change in changes:
-            number = self._owner_numbers.setdefault(change.owner, len(self._owner_names))
-            if number == len(self._owner_names):
-                self._owner_names.append(change.owner)
-            first, pages = change.run
-            if pages == 1:
-                self.codes[first] = change.code
-                self._owners[first] = number
-                continue
-            self.codes[first : first + pages] = bytes([change.code]) * pages
-            self._owners[first : first + pages] = array("H", [number]) * pages
+        for (first, count), code, owner in changes:
+            self.codes[first : first + count] = bytes([code]) * count
+            self._owners[first : first + count] = array("H", [self._owner_number(owner)]) * count
+        codes, owners = self.codes, self._owners
+        for pages, code, owner in scattered:
+            number = self._owner_number(owner)
+            for page in pages:
+                codes[page] = code
+                owners[page] = number
+
+    def _owner_number(self, owner: str) -> int:
+        number = self._owner_numbers.setdefault(owner, len(self._owner_names))
+        if number == len(self._owner_names):
+            self._owner_names.append(owner)
+        return number
 
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of bytes that VTL0 can read. Raises GuestFault."""

@@ -108,8 +108,9 @@ class PolicyProcessor:
             return self._vtl_return(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT), call.updates)
         if call.service == _STARTUP:
             return self._vtl_return(call.resolution, call.updates)
-        r8 = registers_pb2.RegisterValue(name=registers_pb2.REGISTER_NAME_R8, value=result % (1 << 64))
-        return self._vtl_return(call.resolution, [*call.updates, vcpu_pb2.Update(register=r8)])
+        update = vcpu_pb2.Update()
+        update.register.name, update.register.value = registers_pb2.REGISTER_NAME_R8, result % (1 << 64)
+        return self._vtl_return(call.resolution, [*call.updates, update])
 
     def _halted(self) -> vcpu_pb2.Exit:
         """The answer to everything once the machine is broken."""
@@ -162,7 +163,14 @@ class PolicyProcessor:
         pending = self._machine.pending_filter(self._vp_index)
         if pending is not None:
             updates.append(vcpu_pb2.Update(intercepts=pending))
-        stop_all, peers = False, []
+        exit_ = vcpu_pb2.Exit()  # filled in place: messages given to a constructor are copied, slowly
+        exit_.vp_index, exit_.vtl = self._vp_index, VTL
+        answer = exit_.vtl_return
+        answer.SetInParent()
+        if resolution is not None:
+            answer.resolution.CopyFrom(resolution)
+        answer.updates.extend(updates)
+        stop_all = False
         for update in updates:
             stop_all = stop_all or update.HasField("protection")
         for index in range(len(self._machine.processors)):
@@ -171,12 +179,9 @@ class PolicyProcessor:
                 changed = self._machine.pending_filter(index)
                 if changed is not None:
                     update = vcpu_pb2.Update(intercepts=changed)
-                    peers.append(vcpu_pb2.PeerUpdate(vp_index=index, update=update))
-        return vcpu_pb2.Exit(
-            vp_index=self._vp_index,
-            vtl=VTL,
-            vtl_return=vcpu_pb2.VtlReturn(resolution=resolution, updates=updates, stop_all=stop_all, peers=peers),
-        )
+                    answer.peers.append(vcpu_pb2.PeerUpdate(vp_index=index, update=update))
+        answer.stop_all = stop_all
+        return exit_
 
 
 _RIGHT: dict[int, int] = {

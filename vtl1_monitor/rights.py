@@ -50,6 +50,14 @@ class Change(NamedTuple):
     owner: str
 
 
+class Scattered(NamedTuple):
+    """The same for single pages by their numbers, of which there may be thousands."""
+
+    pages: list[int]
+    code: int
+    owner: str
+
+
 def page_code(*, read: bool, write: bool, kernel_execute: bool, user_execute: bool, private: bool = False) -> int:
     """Code of a page. Without write it is sealed; private pages have no rights at VTL0."""
     rights = READ * read | WRITE * write | KERNEL_EXECUTE * kernel_execute | USER_EXECUTE * user_execute

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from vtl1_monitor.memory import GuestMemory
-from vtl1_monitor.rights import Change
+from vtl1_monitor.rights import Change, Scattered
 from vtlab.v1 import vcpu_pb2
 
 Protect = vcpu_pb2.Protect
@@ -26,11 +26,13 @@ class ProtectFailed(Exception):
         self.status = status
 
 
-def protect(memory: GuestMemory, changes: Sequence[Change]) -> Generator[Protect, int, None]:
+def protect(
+    memory: GuestMemory, changes: Sequence[Change], scattered: Sequence[Scattered] = ()
+) -> Generator[Protect, int, None]:
     """Asks for the changes and records them. Asks nothing if they hold already."""
-    message = memory.protect_message(changes)
+    message = memory.protect_message(changes, scattered)
     if message is not None:
         status = yield message
         if status:
             raise ProtectFailed(status)
-    memory.record(changes)
+    memory.record(changes, scattered)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 
 def varint(value: int) -> bytes:
-    """A number that is not negative, in protobuf's encoding."""
+    """A number that is not negative, in protobuf's encoding: 7 bits a byte, the lowest first."""
     if value < 0x80:
         return bytes((value,))
     if value < 0x4000:
         return bytes((value & 0x7F | 0x80, value >> 7))
+    if value < 0x20_0000:
+        return bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
     return bytes((value & 0x7F | 0x80,)) + varint(value >> 7)
 
 

@@ -91,9 +91,10 @@ class Vcpu:
         try:
             return self._processor.run(enter)
         finally:
-            with self._lock:
-                self._running, self._exited = 0, sequence
-                if self._stopping:
+            # Without the lock: who waits in stop() has said so before it looks whether something runs.
+            self._exited, self._running = sequence, 0
+            if self._stopping:
+                with self._idle:
                     self._idle.notify_all()
 
     def kick(self, sequence: int) -> bool:

@@ -77,6 +77,7 @@ _CS32, _SS32, _ADD_SEGMENT, _PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
 _LMA, _CS64, _OSFXSR, _SMAP = 1 << 14, 1 << 15, 1 << 22, 1 << 23
 _SVME, _GUEST = 1 << 20, 1 << 21
 _HIDDEN_FIRST, _HIDDEN_SECOND = layout.HIDDEN_FLAGS, layout.HIDDEN_FLAGS + 1
+_CS64_BYTE = _CS64 >> 8  # in the second byte
 _COMPUTED = 0x3 | _CS32 | _SS32 | _ADD_SEGMENT | _PE | 0xE00 | _LMA | _CS64 | _OSFXSR | _SMAP | _SVME
 
 # Attribute bits (vtlab.x86.segments); plain integers for speed.
@@ -88,7 +89,8 @@ _SMAP_BIT, _OSFXSR_BIT = int(Cr4.SMAP), int(Cr4.OSFXSR)
 _PE_BIT, _VM_BIT = int(Cr0.PE), int(Rflags.VM)
 _LMA_BIT = int(Efer.LMA)
 _RF = int(Rflags.RF)
-_RIP_MASKS = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: (1 << 64) - 1}
+_MASK_64 = (1 << 64) - 1
+_RIP_MASKS = {16: 0xFFFF, 32: 0xFFFF_FFFF, 64: _MASK_64}
 
 
 class Environment:
@@ -129,7 +131,8 @@ class Environment:
         All in one: every exit that ends an instruction comes through here.
         """
         words, state = self.words, self._state
-        words[_RIP] = words[_RIP] + length & _RIP_MASKS[self.bitness]
+        mask = _MASK_64 if state[_HIDDEN_SECOND] & _CS64_BYTE else _RIP_MASKS[self.bitness]
+        words[_RIP] = words[_RIP] + length & mask
         flags = words[_RFLAGS]
         if flags & _RF:
             words[_RFLAGS] = flags & ~_RF
@@ -178,7 +181,7 @@ class Environment:
     def bitness(self) -> int:
         """16, 32 or 64: size of the code segment."""
         state = self._state
-        if state[_HIDDEN_SECOND] & _CS64 >> 8:
+        if state[_HIDDEN_SECOND] & _CS64_BYTE:
             return 64
         return 32 if state[_HIDDEN_FIRST] & _CS32 else 16
 

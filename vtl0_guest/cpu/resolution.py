@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vtl0_guest.cpu import delivery, levels, startup_window, state
@@ -55,31 +55,36 @@ class Resolver:
             vcpu_pb2.ACTION_HALT: self._halt,
             vcpu_pb2.ACTION_RESET: self._reset,
         }
+        # Kinds of updates that have something to do, or to be checked, before the last exit ends.
+        self._preparations: dict[str, Callable[[vcpu_pb2.Update], object]] = {
+            "protection": lambda update: core.protect(update.protection),
+            "intercepts": self._set_intercepts,
+            "invalidate_code": lambda update: core.invalidate_code(update.invalidate_code.gfns),
+            "hypercall_page": lambda update: core.set_hypercall_page(update.hypercall_page),
+            "startup_window": self._open_window,
+            "flush_translations": lambda _update: context.engine.flush_translations(),
+            **synthetic.CHECKS,
+        }
 
     # ------------------------------------------------------------------------------------------------- updates
 
     def prepare(self, updates: Iterable[vcpu_pb2.Update]) -> None:
         """What must hold before the last exit ends: rights, filter, code, hypercall page. Raises BadArgument."""
         for update in updates:
-            kind = update.WhichOneof("change")
-            if kind == "protection":
-                self._core.protect(update.protection)
-            elif kind == "intercepts":
-                self._context.set_filter(Intercepts(update.intercepts))
-                self._context.engine.intercept(ExitCode.INVLPG, update.intercepts.invlpg)
-                self._context.local_apic.holds_startups = update.intercepts.startups
-            elif kind == "invalidate_code":
-                self._core.invalidate_code(update.invalidate_code.gfns)
-            elif kind == "hypercall_page":
-                self._core.set_hypercall_page(update.hypercall_page)
-            elif kind == "startup_window":
-                runs = startup_window.checked(list(update.startup_window.runs), self._core.nested.ram_pages)
-                if self._context.window is not None:
-                    self._context.open_window(runs)
-            elif kind == "flush_translations":
-                self._context.engine.flush_translations()
-            elif kind in synthetic.CHECKS:
-                synthetic.CHECKS[kind](update)
+            prepare = self._preparations.get(update.WhichOneof("change") or "")
+            if prepare is not None:
+                prepare(update)
+
+    def _set_intercepts(self, update: vcpu_pb2.Update) -> None:
+        context, wanted = self._context, update.intercepts
+        context.set_filter(Intercepts(wanted))
+        context.engine.intercept(ExitCode.INVLPG, wanted.invlpg)
+        context.local_apic.holds_startups = wanted.startups
+
+    def _open_window(self, update: vcpu_pb2.Update) -> None:
+        runs = startup_window.checked(list(update.startup_window.runs), self._core.nested.ram_pages)
+        if self._context.window is not None:
+            self._context.open_window(runs)
 
     def finish(self, enter: vcpu_pb2.Enter) -> Iterator[Event]:
         """Registers, MSRs, input and events, after the last exit has ended. Yields what is to be delivered."""
@@ -93,12 +98,12 @@ class Resolver:
             kind = update.WhichOneof("change")
             if kind == "register":
                 state.set_register(context, update.register)
+            elif kind == "event":
+                yield from self._event(update.event)
             elif kind == "msr":
                 state.set_msr(context, update.msr.index, update.msr.value)
             elif kind == "serial_input":
                 self._core.serial_input(update.serial_input)
-            elif kind == "event":
-                yield from self._event(update.event)
             elif kind in synthetic.APPLY:
                 synthetic.APPLY[kind](context.hyperv, update)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 
 from vtl1_monitor import rights
-from vtl1_monitor.rights import Change
+from vtl1_monitor.memory import GuestMemory
+from vtl1_monitor.rights import Change, Scattered
 from vtl1_monitor.services.call import Call, Refused
 from vtl1_monitor.services.heki_page import Range, check_disjoint, read_ranges
 from vtl1_monitor.steps import Steps, protect
@@ -18,6 +19,7 @@ OWNER = "services"
 # Plain integers: this runs for every range of a long list.
 _READ, _WRITE, _EXECUTE = int(Rights.READ), int(Rights.WRITE), int(Rights.EXECUTE)
 _KNOWN = _READ | _WRITE | _EXECUTE
+_POSSIBLE = frozenset({_READ, _READ | _WRITE, _READ | _EXECUTE})
 
 
 def protect_memory(call: Call) -> Steps:
@@ -25,29 +27,43 @@ def protect_memory(call: Call) -> Steps:
     memory = call.machine.memory
     ranges = read_ranges(memory, call.first, call.second)
     check_disjoint(ranges)
-    judged: dict[tuple[int, int, str], tuple[int, str]] = {}  # a long list asks the same of like pages
+    _check(ranges)
+    single = [one for one in ranges if one.epa - one.pa == PAGE_SIZE]
     changes = []
-    for one in ranges:
-        _check(one)
-        for run, code, owner in memory.pieces(one.run):
-            question = one.attributes, code, owner
-            answer = judged.get(question)
-            if answer is None:
-                answer = judged[question] = _judge(run, *question)
-            changes.append(Change(run, *answer))
-    yield from protect(memory, changes)
+    if len(single) < len(ranges):
+        for one in ranges:
+            if one.size != PAGE_SIZE:
+                pieces = memory.pieces(one.run)
+                changes += [Change(run, *_judge(run, one.attributes, code, owner)) for run, code, owner in pieces]
+    yield from protect(memory, changes, _judge_pages(memory, single))
     return 0
 
 
-def _check(one: Range) -> None:
+def _check(ranges: list[Range]) -> None:
     """Raises Refused for a range that no policy could allow."""
-    va, pa, epa, wanted = one
-    if (va | pa | epa) % PAGE_SIZE:
-        raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} is not page-aligned")
-    if wanted & ~_KNOWN or not wanted & _READ:
-        raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} has attributes {wanted:#x}")
-    if wanted & _WRITE and wanted & _EXECUTE:
-        raise Refused(errno.EACCES, f"range {pa:#x}-{epa:#x} would be writable and executable")
+    for va, pa, epa, wanted in ranges:
+        if (va | pa | epa) % PAGE_SIZE:
+            raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} is not page-aligned")
+        if wanted not in _POSSIBLE:
+            if wanted & ~_KNOWN or not wanted & _READ:
+                raise Refused(errno.EINVAL, f"range {pa:#x}-{epa:#x} has attributes {wanted:#x}")
+            raise Refused(errno.EACCES, f"range {pa:#x}-{epa:#x} would be writable and executable")
+
+
+def _judge_pages(memory: GuestMemory, ranges: list[Range]) -> list[Scattered]:
+    """Ranges of one page each, of which a list may have thousands: like pages are judged once."""
+    pages = [pa >> 12 for _, pa, _, _ in ranges]
+    wanted = [attributes for _, _, _, attributes in ranges]
+    questions = list(zip(wanted, memory.codes_of(pages), memory.owners_of(pages), strict=True))
+    answers = {
+        question: _judge(rights.Run(pages[questions.index(question)], 1), *question) for question in set(questions)
+    }
+    if len(answers) == 1:
+        return [Scattered(pages, *answers[questions[0]])]
+    by_answer: dict[tuple[int, str], list[int]] = {}
+    for page, question in zip(pages, questions, strict=True):
+        by_answer.setdefault(answers[question], []).append(page)
+    return [Scattered(like, *answer) for answer, like in by_answer.items()]
 
 
 def _judge(run: rights.Run, wanted: int, code: int, owner: str) -> tuple[int, str]:

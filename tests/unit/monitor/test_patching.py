@@ -119,6 +119,39 @@ def test_the_guest_can_give_rights_up(vtl0: Vtl0, policy: str) -> None:
     assert protect(vtl0, (page, page + 0x1000, 3)) == -errno.EACCES
 
 
+def test_single_pages_and_runs_in_one_list_in_any_order(vtl0: Vtl0, policy: str) -> None:
+    booting(vtl0, policy)
+    page = image.FREE + 0x8000
+    rows = [(page + 0x6000, 1), (page, 1), (image.TEXT, 1), (page + 0x1000, 3)]
+    asked = [(start, start + 0x1000, wanted) for start, wanted in rows] + [(page + 0x2000, page + 0x4000, 1)]
+    assert protect(vtl0, *asked) == 0, vtl0.log()
+    assert [vtl0.rights(page + 0x1000 * n) for n in range(7)] == ["ru", "rwu", "ru", "ru", "rwu", "rwu", "ru"]
+    assert vtl0.rights(image.TEXT) == "r"
+    assert vtl0.machine.memory.owner(page >> 12) == vtl0.machine.memory.owner(page + 0x6000 >> 12) == "services"
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_of_many_single_pages_the_refused_one_is_named_and_none_is_protected(
+    vtl0: Vtl0, policy: str, last: int
+) -> None:
+    booting(vtl0, policy)
+    page = image.FREE + 0x8000
+    assert protect(vtl0, (page + 0x3000, page + 0x4000, 1)) == 0
+    rows = [(page + 0x1000 * n, page + 0x1000 * (n + 1), 3 if n == 3 else 1) for n in (0, 3, 5)]
+    assert protect(vtl0, *rows, (page + 0x8000, page + 0x8000 + 0x1000 * last, 1)) == -errno.EACCES
+    assert f"{page + 0x3000:#x}" in vtl0.log()[-1]
+    assert vtl0.rights(page) == vtl0.rights(page + 0x8000) == "rwu"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_a_page_is_named_once(vtl0: Vtl0, policy: str, order: tuple[int, ...]) -> None:
+    booting(vtl0, policy)
+    page = image.FREE + 0x8000
+    rows = [(page + 0x1000 * n, page + 0x1000 * (n + 1), 1) for n in order]
+    assert protect(vtl0, *rows) == -errno.EINVAL
+    assert vtl0.rights(page) == "rwu"
+
+
 @pytest.mark.parametrize(
     ("row", "number"),
     [
