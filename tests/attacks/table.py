@@ -13,6 +13,7 @@ from vtlab_attacks import (
     resets,
     secure_memory,
     smm,
+    startups,
 )
 from vtlab_attacks.evidence import Attack, Control, Transition
 
@@ -31,4 +32,5 @@ TRANSITION_ATTACKS: list[Attack] = [
     *smm.TRANSITION_ATTACKS,
     *kexec.TRANSITION_ATTACKS,
     *requests.TRANSITION_ATTACKS,
+    *startups.TRANSITION_ATTACKS,
 ]

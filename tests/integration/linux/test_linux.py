@@ -15,7 +15,7 @@ from tests.integration.linux.images import Images
 from vmm.cli.exit_codes import ExitCode
 from vtlab.client import Lab, Machine
 from vtlab.errors import Refused, WrongState
-from vtlab.v1 import vmm_pb2
+from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.x86.registers import Cr4
 
 Boot = Callable[..., Machine]
@@ -133,6 +133,11 @@ def test_cpu_1_goes_and_comes_back_with_pins_in_force(lab: Lab, boot: Boot) -> N
     assert "1" in command(machine, f"echo 0 > {online}; nproc").split()
     assert "2" in command(machine, f"echo 1 > {online}; nproc").split()
     command(machine, "taskset 2 true")
+    verdicts = [one for one in lab.policy.verdicts_so_far(machine) if one.exit.HasField("state_load")]
+    *admitted, left = [one.resolution.action for one in verdicts]
+    assert admitted
+    assert set(admitted) == {vcpu_pb2.ACTION_RETRY}, "pages of the trampoline, sealed and as they were"
+    assert left == vcpu_pb2.ACTION_COMMIT, "and behind it all pins"
     for vp_index in (0, 1):
         state = machine.registers(vp_index)
         assert state.registers.cr4 & Cr4.SMEP, vp_index
