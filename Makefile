@@ -13,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format protos check-protos bench kernel linux lock wheels up clean
+.PHONY: help setup demo matrix mutations lifecycle test check lint format protos check-protos bench kernel linux lock wheels up clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,15 @@ up: $(VENV)/runtime.stamp  ## the three processes, until Ctrl-C
 
 bench: $(VENV)/developer.stamp  ## figures as ratios of one run; BENCH='--json FILE' also writes them
 	@$(BIN)/python -m tests.bench $(BENCH)
+
+matrix: $(VENV)/runtime.stamp  ## attacks × transitions × designs; MATRIX='--jobs 2 --html FILE' and more
+	@$(BIN)/vtlab matrix $(MATRIX)
+
+mutations: $(VENV)/runtime.stamp  ## which attacks need which rule of the policy
+	@$(BIN)/vtlab matrix --mutate '*'
+
+lifecycle: $(VENV)/runtime.stamp  ## the sequence diagrams in docs/lifecycle.md, from runs
+	@$(BIN)/vtlab matrix --diagrams docs/lifecycle.md
 
 # ----------------------------------------------------------------------------------------------------------- tests
 

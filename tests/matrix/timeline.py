@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 
 from pydantic import BaseModel, ConfigDict
 
 from vtlab.client.describe import detail
 from vtlab.client.names import event_name
 from vtlab.client.symbols import Symbols
+from vtlab.hyperv.hypercalls import HypercallCode
+from vtlab.services import Service
 from vtlab.v1 import vmm_pb2
 
-LINES = 80  # of one cell; the latest count most
+LINES = 120  # of one cell; the middle counts least
 COMMAND_PORT = 1
 
 _RIP = re.compile(r"at RIP (0x[0-9a-f]+)")
+_HYPERCALL = re.compile(r"^hypercall (0x[0-9a-f]+)")
+_SERVICE = re.compile(r"^(call|return) (0x[0-9a-f]+)$")
 
 
 class Line(BaseModel):
@@ -42,11 +47,12 @@ class Line(BaseModel):
 def lines(
     events: Iterable[vmm_pb2.Event], marks: Sequence[tuple[int, str]], symbols: Symbols, limit: int = LINES
 ) -> tuple[Line, ...]:
-    """The events since the first mark, the same again as a number of times, the last `limit` of them.
+    """The events since the first mark, the same again as a number of times.
 
     Args:
         marks: when which part of the cell began, in nanoseconds since the epoch; nothing is told before the first.
         symbols: to name where something happened.
+        limit: lines; where there are more, those in the middle go.
     """
     start = marks[0][0] if marks else 0
     pending = list(marks)
@@ -75,12 +81,20 @@ def lines(
     told += [Line(at=(moment - start) // 1_000_000, kind="mark", text=name) for moment, name in pending]
     if len(told) <= limit:
         return tuple(told)
-    left_out = len(told) - limit + 1
-    return (Line(at=told[0].at, kind="mark", text=f"{left_out} earlier lines left out"), *told[left_out:])
+    head = limit // 2
+    tail = len(told) - (limit - head - 1)
+    gap = Line(at=told[head].at, kind="mark", text=f"{tail - head} lines left out")
+    return (*told[:head], gap, *told[tail:])
 
 
 def _text(event: vmm_pb2.Event, symbols: Symbols) -> str:
     """Nothing for what has a place of its own: the kernel's log."""
     if event.HasField("serial"):
         return event.serial.data.decode("utf-8", "replace").strip() if event.serial.port == COMMAND_PORT else ""
-    return _RIP.sub(lambda found: f"at {symbols.describe(int(found[1], 16))}", detail(event))
+    told = _RIP.sub(lambda found: f"at {symbols.describe(int(found[1], 16))}", detail(event))
+    told = _HYPERCALL.sub(lambda found: f"hypercall {_name(HypercallCode, int(found[1], 16) & 0xFFFF)}", told)
+    return _SERVICE.sub(lambda found: f"{found[1]} {_name(Service, int(found[2], 16))}", told)
+
+
+def _name(kind: type[IntEnum], number: int) -> str:
+    return kind(number).name if number in set(kind) else f"{number:#x}"

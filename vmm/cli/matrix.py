@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmm.cli.output import print_json
+from vmm.cli.output import print_error, print_json
 from vtlab.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ def matrix(
     journal: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where cells that are done are remembered until the run ends.")
     ] = None,
+    mutate: Annotated[
+        str | None, typer.Option(metavar="A,B*,…", help="Show which cells need these rules of the policy instead.")
+    ] = None,
+    diagrams: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write sequence diagrams of all transitions into it instead.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with an interrupted run.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page for a browser.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML.")] = None,
@@ -65,6 +71,10 @@ def matrix(
     from vtlab_matrix.matrix import run_matrix
     from vtlab_matrix.report import Report
 
+    if mutate is not None:
+        return _mutate(_patterns(mutate) or [], jobs, scheduler, seed, as_json)
+    if diagrams is not None:
+        return _diagrams(diagrams, jobs, seed)
     known = sorted(NAMES, key=lambda name: name == "vtl")
     selection = Selection(known, _patterns(designs), _patterns(attacks), _patterns(after), _patterns(transitions), seed)
     total = sum(map(len, plan(selection)))
@@ -127,6 +137,41 @@ def _progress(total: int, done: int, as_json: bool) -> Iterator[Callable[[Outcom
             bar.update(task, advance=1, description=str(outcome.cell)[:48].ljust(48), visible=visible)
 
         yield advance
+
+
+def _mutate(patterns: list[str], jobs: int, scheduler: str, seed: int, as_json: bool) -> int:
+    """0 if each rule is needed by some cell."""
+    from vmm.cli.output import print_table
+    from vtlab_matrix.mutations import count, run_mutations
+
+    with _runner(scheduler, jobs, seed) as runner, _progress(count(patterns), 0, as_json) as advance:
+        red = run_mutations(runner, patterns, advance)
+    told = {rule: [f"{one.cell.name} {one.verdict}" for one in outcomes] for rule, outcomes in red.items()}
+    if as_json:
+        print_json(told)
+    else:
+        print_table(
+            "cells that turn red without a rule", ["rule", "cells"], [[k, ", ".join(v)] for k, v in told.items()]
+        )
+    return 0 if all(told.values()) else 1
+
+
+def _diagrams(document: Path, jobs: int, seed: int) -> int:
+    """0 if each transition was complete, so that its diagram is one of it."""
+    from vtlab_matrix.cells import EVERY_TRANSITION, Cell
+    from vtlab_matrix.diagrams import replace_section, section
+    from vtlab_matrix.laboratory import Task
+
+    cells = [Cell(design="vtl", kind="transition", name=name) for name in EVERY_TRANSITION]
+    with _runner("", jobs, seed) as runner:
+        outcomes = list(runner.run([Task(cell) for cell in cells]))
+    for outcome in outcomes:
+        if outcome.verdict.red:
+            print_error(f"{outcome.cell}: {outcome.verdict}: {outcome.evidence}")
+    if any(outcome.verdict.red for outcome in outcomes):
+        return 1
+    replace_section(document, section(outcomes))
+    return 0
 
 
 def _write(report: object, html: Path | None, junit: Path | None, as_json: bool) -> None:

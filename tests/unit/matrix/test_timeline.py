@@ -43,11 +43,17 @@ def test_the_same_again_is_counted() -> None:
     assert [(line.text, line.times) for line in told] == [("one", 1), ("call 0x11", 3), ("call 0x12", 1)]
 
 
-def test_the_latest_lines_are_kept() -> None:
-    told = lines([call(number, number) for number in range(100)], [(0, "one")], kernel_symbols(), limit=10)
-    assert len(told) == 10
-    assert told[0].text == "92 earlier lines left out"
-    assert told[-1].text == "call 0x63"
+def test_lines_in_the_middle_go_first() -> None:
+    told = lines([call(number, 100 + number) for number in range(100)], [(0, "one")], kernel_symbols(), limit=10)
+    texts = [line.text for line in told]
+    assert texts[:2] == ["one", "call 0x64"]
+    assert texts[5] == "92 lines left out"
+    assert len(texts) == 10
+    assert texts[-1] == "call 0xc7"
+
+
+def test_services_and_hypercalls_have_names() -> None:
+    assert lines([call(1, 0x1FF05)], [], kernel_symbols())[0].text == "call PING"
 
 
 @pytest.mark.parametrize(("port", "told"), [(0, []), (1, ["ok 0x1"])])
