@@ -16,6 +16,7 @@ from vtlab.services import Service
 from vtlab.v1 import vmm_pb2
 
 LINES = 120  # of one cell; the middle counts least
+LOOP_LINES, LOOP_TIMES = 6, 8  # so few lines, so often, are a loop
 COMMAND_PORT = 1
 
 _RIP = re.compile(r"at RIP (0x[0-9a-f]+)")
@@ -79,12 +80,36 @@ def lines(
         else:
             told.append(line)
     told += [Line(at=(moment - start) // 1_000_000, kind="mark", text=name) for moment, name in pending]
+    told = _without_loops(told)
     if len(told) <= limit:
         return tuple(told)
     head = limit // 2
     tail = len(told) - (limit - head - 1)
     gap = Line(at=told[head].at, kind="mark", text=f"{tail - head} lines left out")
     return (*told[:head], gap, *told[tail:])
+
+
+def _without_loops(told: list[Line]) -> list[Line]:
+    """A guest that does the same few things for ever, as one that resets itself, is told once, with a count."""
+    kept: list[Line] = []
+    same = [(line.kind, line.vtl, line.vp, line.text) for line in told]
+    at = 0
+    while at < len(told):
+        for size in range(2, LOOP_LINES + 1):
+            end = at + size
+            while same[end : end + size] == same[at : at + size]:
+                end += size
+            if end - at >= LOOP_TIMES * size:
+                break
+        else:
+            kept.append(told[at])
+            at += 1
+            continue
+        times = (end - at) // size
+        again = Line(at=told[end - 1].at, kind="mark", text=f"the {size} lines above again, {times - 1} times")
+        kept += [*told[at : at + size], again]
+        at = end
+    return kept
 
 
 def _text(event: vmm_pb2.Event, symbols: Symbols) -> str:

@@ -9,10 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from vtlab.client.names import state_name
-from vtlab.errors import TimedOut, WrongState
+from vtlab.errors import GuestMisbehaved, TimedOut, WrongState
 from vtlab.v1 import vmm_pb2
 
 ENDED = frozenset({vmm_pb2.MACHINE_STATE_STOPPED, vmm_pb2.MACHINE_STATE_FAILED})
+
+# Resets with not a byte of output between them: the guest does not come back by itself.
+SILENT_RESETS = 16
 
 Pattern = str | re.Pattern[str]
 
@@ -26,6 +29,7 @@ class Observed:
         self._output: defaultdict[int, bytearray] = defaultdict(bytearray)
         self._machine = vmm_pb2.Machine()
         self._failure: Exception | None = None
+        self._silent_resets = 0
         self.state_changes = 0
         self.lost = 0
 
@@ -36,7 +40,9 @@ class Observed:
         with self._changed:
             if detail == "serial":
                 self._output[event.serial.port] += event.serial.data
+                self._silent_resets = 0
             elif detail == "state":
+                self._silent_resets += event.state.generation > self._machine.generation > 0
                 self._machine = event.state
                 self.state_changes += 1
             elif detail == "lost":
@@ -80,7 +86,7 @@ class Observed:
             left: seconds left of the timeout, where some were spent before this call.
 
         Raises:
-            TimedOut, WrongState, or what ended the stream of events.
+            TimedOut, WrongState, GuestMisbehaved if the guest only resets itself any more, or what ended the stream.
         """
         deadline = time.monotonic() + (timeout if left is None else left)
         with self._changed:
@@ -91,6 +97,10 @@ class Observed:
                     state = state_name(self._machine.state)
                     detail = f"is {state} ({self._machine.reason or 'no reason given'}), so no {what} can come"
                     raise WrongState(self._subject, detail, state=state, operation="wait")
+                if until_end and self._silent_resets >= SILENT_RESETS:
+                    reason = self._machine.reason or "no reason given"
+                    detail = f"resets itself again and again ({reason}) and says nothing, so no {what} can come"
+                    raise GuestMisbehaved(self._subject, detail)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise TimedOut(self._subject, self._late(what, timeout), seconds=timeout)

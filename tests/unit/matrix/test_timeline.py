@@ -52,6 +52,19 @@ def test_lines_in_the_middle_go_first() -> None:
     assert texts[-1] == "call 0xc7"
 
 
+def test_a_loop_is_told_once() -> None:
+    events = [call(number, (0x20, 0x21, 0x22)[number % 3]) for number in range(300)]
+    told = lines([*events, call(301, 0x30)], [(0, "one")], kernel_symbols())
+    assert [line.text for line in told] == [
+        "one",
+        "call 0x20",
+        "call 0x21",
+        "call 0x22",
+        "the 3 lines above again, 99 times",
+        "call 0x30",
+    ]
+
+
 def test_services_and_hypercalls_have_names() -> None:
     assert lines([call(1, 0x1FF05)], [], kernel_symbols())[0].text == "call PING"
 
