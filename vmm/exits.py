@@ -182,6 +182,7 @@ _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "register_write": _deny,
     "startup": _deny,
     "state_load": _deny,
+    "sleep": _commit,
     "msr": _msr,
     "memory_fault": _memory_fault,
     "hypercall": _hypercall,

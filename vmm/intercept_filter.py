@@ -39,6 +39,7 @@ def _msr(watched: Watched, exit_: Exit) -> bool:
 _TESTS: dict[str, Callable[[Watched, Exit], bool]] = {
     "register_write": lambda _watched, _exit: True,
     "state_load": lambda _watched, _exit: True,
+    "sleep": lambda watched, _exit: watched.filter.sleeps,
     "msr": _msr,
     "memory_fault": lambda _watched, exit_: not exit_.memory_fault.unmapped,
     "startup": lambda _watched, _exit: True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vtl1_monitor.policy.rules import Rules
-from vtl1_monitor.policy.schema import SmmMode
+from vtl1_monitor.policy.schema import SleepMode, SmmMode
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 # Registers whose mask has a field of its own.
@@ -23,7 +23,7 @@ _TABLES = {
 }
 
 
-_SWITCHES = ("cpuid", "hlt", "invlpg", "state_loads", "no_smi", "startups", "startup_window")
+_SWITCHES = ("cpuid", "hlt", "invlpg", "state_loads", "no_smi", "sleeps", "startups", "startup_window")
 
 
 def intercept_filter(
@@ -46,6 +46,7 @@ def intercept_filter(
         result.cr3_writes = True
         result.cr3_targets.extend(sorted(roots))
     result.state_loads = True
+    result.sleeps = rules.lifecycle.s3 is SleepMode.REFUSE
     result.no_smi = rules.lifecycle.smm is SmmMode.DENY
     for index, rule in sorted(rules.msrs.items()):
         if rule.mask:

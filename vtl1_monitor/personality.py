@@ -20,6 +20,7 @@ from vtl1_monitor.services.call import Call, Refused
 from vtl1_monitor.services.guard import guard
 from vtl1_monitor.services.startup import fetch_outside
 from vtl1_monitor.services.table import serve
+from vtl1_monitor.state_load import restored
 from vtl1_monitor.steps import ProtectFailed, Steps
 from vtlab.errors import WrongState
 from vtlab.v1 import registers_pb2, vcpu_pb2
@@ -139,6 +140,8 @@ class PolicyProcessor:
         updates = []
         if verdict.resolution.action == vcpu_pb2.ACTION_RETRY and intercept.WhichOneof("reason") == "memory_fault":
             updates.append(self._opened(intercept.memory_fault))
+        if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and verdict.allowed:
+            updates.append(restored(load))
         return self._vtl_return(verdict.resolution, updates)
 
     def _opened(self, fault: vcpu_pb2.MemoryFault) -> vcpu_pb2.Update:

@@ -12,6 +12,7 @@ from vtlab_attacks import (
     requests,
     resets,
     secure_memory,
+    sleep,
     smm,
     startups,
 )
@@ -26,10 +27,16 @@ ATTACKS: list[Attack] = [
 ]
 CONTROLS: list[Control] = controls.CONTROLS
 # What may come before an attack, and the attacks on it. The demo leaves them out.
-TRANSITIONS: list[Transition] = [*resets.TRANSITIONS, *smm.TRANSITIONS, *kexec.TRANSITIONS]
+TRANSITIONS: list[Transition] = [
+    *resets.TRANSITIONS,
+    *smm.TRANSITIONS,
+    *sleep.TRANSITIONS,
+    *kexec.TRANSITIONS,
+]
 TRANSITION_ATTACKS: list[Attack] = [
     *resets.TRANSITION_ATTACKS,
     *smm.TRANSITION_ATTACKS,
+    *sleep.TRANSITION_ATTACKS,
     *kexec.TRANSITION_ATTACKS,
     *requests.TRANSITION_ATTACKS,
     *startups.TRANSITION_ATTACKS,

@@ -36,6 +36,7 @@ class Context:
         halted: in HLT.
         waits_for_startup: after INIT, until SIPI: runs nothing and takes no interrupt.
         window: pages that alone may be executed since SIPI (startup_window.py); None: no window is open.
+        asleep: in S3.
         repeat: the instruction that was emulated has elements left (REP): RIP stays on it.
     """
 
@@ -70,6 +71,7 @@ class Context:
         self.halted = False
         self.waits_for_startup = False
         self.repeat = False
+        self.asleep = False
         self.window: Runs | None = None
         self.local_apic.is_parked = self._is_parked
 
@@ -99,7 +101,7 @@ class Context:
 
     def resume_pins(self) -> None:
         """RSM."""
-        self.intercepts = self._filter
+        self.set_filter(self._filter)
 
     @property
     def state_loads_exit(self) -> bool:

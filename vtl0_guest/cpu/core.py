@@ -150,6 +150,13 @@ class Core:
         self.shares_state = True
         self.turns.levels = LevelTurns(turn_file, self.vtl, self.turns.preempt)
 
+    def sleep(self, vp_index: int) -> None:
+        """S3, asked for by the processor that has the turn."""
+        for other in self._processors:
+            if other.context.vp_index != vp_index:
+                other.park()
+        self.platform.power.fall_asleep()
+
     def show_smram(self, context: Context) -> None:
         """What this processor sees at SMRAM's addresses; it is the one that has the turn."""
         self._smram.show(self.platform.smram.shows(context.smm.active))

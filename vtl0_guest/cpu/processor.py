@@ -70,6 +70,7 @@ class Processor:
         self._stopped: Operation | None = None
         self._kicked = False
         self._output_due = False
+        self._before_sleep = registers_pb2.ProcessorState()
         self._smi_pending = False
         self._nmi_pending = False
         self._nmi_blocked = False
@@ -368,6 +369,8 @@ class Processor:
             context.trap_pending = False
             context.debug[4] |= _DR6_BS
             return self._deliver(Event(Vector.DB, None, self._environment.rip))
+        if context.asleep:
+            return self._wake_up()
         if context.hyperv.synic.due:
             context.hyperv.synic.deliver()
         if self._iret is not None:
@@ -392,6 +395,35 @@ class Processor:
         if operation is not None:
             self._engine.set_pending(True)  # more may wait behind it
         return operation
+
+    def _fall_asleep(self) -> None:
+        """S3: this processor wakes at the waking vector, the others at SIPI."""
+        self._core.sleep(self._context.vp_index)
+        self._before_sleep = state.read(self._context)
+        self._context.asleep = True
+
+    def park(self) -> None:
+        """What S3 makes of a processor that did not ask for it. Only while it has no turn."""
+        startup.init(self._context)
+        self._forget_events()
+
+    def _wake_up(self) -> Operation | None:
+        """Sleeps on until the alarm; then from INIT's state to the waking vector, unless VTL1 says how to go on."""
+        if self._core.platform.power.asleep:
+            self._idle = True
+            return None
+        self._context.asleep = False
+        try:
+            startup.wake(self._context)
+        except Shutdown as shutdown:
+            return self._shutdown(shutdown)
+        self._forget_events()
+        if not self._context.state_loads_exit:
+            return None
+        load = vcpu_pb2.StateLoad(
+            cause=vcpu_pb2.STATE_LOAD_CAUSE_WAKE, state=state.read(self._context), before=self._before_sleep
+        )
+        return Operation(vcpu_pb2.Exit(state_load=load), lambda _value: None, shuts_down=True)
 
     def _take_smi(self) -> Operation | None:
         """SMI comes before all others; inside SMM and before SIPI it waits, as INIT and NMI do inside."""
@@ -638,6 +670,8 @@ class Processor:
             self._smi_pending = True
             self._engine.set_pending(True)
             return None
+        if isinstance(value, vcpu_pb2.Sleep):
+            return Operation(vcpu_pb2.Exit(sleep=value), lambda _value: self._fall_asleep(), 0, lambda _value: None)
         if isinstance(value, vcpu_pb2.DebugExit):
             return Operation(vcpu_pb2.Exit(debug_exit=value))
         if isinstance(value, vcpu_pb2.PowerOff):

@@ -10,6 +10,8 @@ from vtl0_guest.cpu import cpuid, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.apic_registers import Delivery
 from vtl0_guest.cpu.devices.local_apic import Startup
+from vtl0_guest.cpu.devices.power_management import FACS_ADDRESS, WAKING_VECTOR
+from vtl0_guest.cpu.faults import NestedFault, Shutdown
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import fault_of
 from vtlab.v1 import registers_pb2, vcpu_pb2
@@ -49,6 +51,26 @@ def start(context: Context, vector: int) -> None:
     del registers.msrs[:]
     state.load(context, registers)
     context.open_window(() if context.intercepts.startup_window else None)
+
+
+def wake(context: Context) -> None:
+    """Out of S3: INIT's state, in real mode at the waking vector. Raises Shutdown if there is none.
+
+    Source: ACPI 6.5, 5.2.10: CS is the vector's paragraph, IP the rest.
+    """
+    try:
+        facs = context.memory.physical.read(FACS_ADDRESS, WAKING_VECTOR + 4)
+    except NestedFault:
+        facs = b""
+    vector = int.from_bytes(facs[WAKING_VECTOR:], "little")
+    if not facs.startswith(b"FACS") or not 0 < vector < 1 << 20:
+        raise Shutdown(f"S3: no waking vector below 1 MiB (FACS at {FACS_ADDRESS:#x}: {vector:#x})")
+    init(context)
+    registers = state.read(context)
+    registers.registers.cs.CopyFrom(_segment(vector >> 4, vector & ~0xF, _CODE))
+    registers.registers.rip = vector & 0xF
+    del registers.msrs[:]
+    state.load(context, registers)
 
 
 def held(context: Context) -> Operation | None:

@@ -13,8 +13,17 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from vtl0_guest.loaders import states
+from vtl0_guest.loaders.acpi import place_tables
 from vtl0_guest.loaders.elf import load_segments
-from vtl0_guest.loaders.target import DEVICES_START, HIGH_START, LOW_END, Target, memory_map
+from vtl0_guest.loaders.target import (
+    DEVICES_START,
+    FIRMWARE_SIZE,
+    FIRMWARE_START,
+    HIGH_START,
+    LOW_END,
+    Target,
+    memory_map,
+)
 from vtlab.errors import BadImage
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
@@ -85,6 +94,8 @@ def load_multiboot(
     placed = _place_modules(boot, modules, target)
     state.registers.rax = LOADER_MAGIC
     state.registers.rbx = _place_information(boot, placed, target)
+    if target.is_free(FIRMWARE_START, FIRMWARE_SIZE):
+        place_tables(target, target.vp_count)
     return state
 
 

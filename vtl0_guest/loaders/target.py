@@ -9,7 +9,7 @@ from vtlab.errors import BadImage
 PAGE_SIZE = 4096
 # Where RAM is RAM on a PC: below, the legacy hole from 640 KiB to 1 MiB, and the APICs' page range below 4 GiB.
 LOW_END = 0x9FC00
-FIRMWARE_START = 0xF0000
+FIRMWARE_START, FIRMWARE_SIZE = 0xF0000, 0x10000
 HIGH_START = 0x10_0000
 DEVICES_START = 0xFEC0_0000
 ABOVE_4G = 1 << 32
@@ -73,6 +73,11 @@ class Target:
                 raise self.bad(f"{field}: {address:#x} is taken by the image")
         self.put(address, data, field)
 
+    def is_free(self, address: int, size: int) -> bool:
+        """RAM that nothing has taken."""
+        clash = any(first < address + size and address < end for first, end in self.taken)
+        return address + size <= self.ram_size and not clash
+
     def highest_end(self) -> int:
         """End of what lies highest, 0 if nothing was loaded."""
         return max((end for _, end in self.taken), default=0)
@@ -107,7 +112,7 @@ def memory_map(ram_size: int) -> list[tuple[int, int, int]]:
     entries = [
         (0, min(LOW_END, ram_size), 1),
         (LOW_END, 0xA0000 - LOW_END, 2),
-        (FIRMWARE_START, 0x10000, 2),
+        (FIRMWARE_START, FIRMWARE_SIZE, 2),
         (HIGH_START, min(ram_size, DEVICES_START) - HIGH_START, 1),
         (DEVICES_START, ABOVE_4G - DEVICES_START, 2),
         (ABOVE_4G, ram_size - ABOVE_4G, 1),

@@ -7,7 +7,7 @@ from enum import IntFlag
 
 from vtl1_monitor.policy.bits import BITS
 from vtl1_monitor.policy.rules import MemoryRule, Rules, ValueRule
-from vtl1_monitor.policy.schema import Phase, SmmMode, Verified, Violation
+from vtl1_monitor.policy.schema import Phase, SleepMode, SmmMode, Verified, Violation
 from vtl1_monitor.rights import access_text
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import Service
@@ -18,6 +18,11 @@ _CONSEQUENCE = {
     Violation.LOG: "logged",
     Violation.HALT: "halt",
     Violation.RESET: "reset",
+}
+_SLEEP = {
+    SleepMode.RESTORE: "VTL1 loads the state that it sealed",
+    SleepMode.RESET: "waking is a reset",
+    SleepMode.REFUSE: "refused",
 }
 _ALL = (1 << 64) - 1
 
@@ -109,6 +114,7 @@ def _lifecycle_lines(rules: Rules) -> Iterator[str]:
             yield f"{name}: refused"
     if rules.lifecycle.minimum_kernel_version:
         yield f"kexec and kdump: no kernel below version {rules.lifecycle.minimum_kernel_version}"
+    yield f"s3: {_SLEEP[rules.lifecycle.s3]}"
 
 
 def _service_lines(rules: Rules) -> Iterator[str]:

@@ -54,6 +54,14 @@ class SmmMode(Enum):
     DENY = "deny"
 
 
+class SleepMode(Enum):
+    """What S3 is while VTL1 is enabled."""
+
+    RESTORE = "restore"
+    RESET = "reset"
+    REFUSE = "refuse"
+
+
 class StateViolation(Enum):
     """What happens if a whole state that breaks a rule is about to be loaded."""
 
@@ -294,6 +302,7 @@ class Lifecycle(Model):
     kexec: VerifiedName = Verified.VERIFY
     kdump: VerifiedName = Verified.VERIFY
     minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    s3: Annotated[SleepMode, _by_value(SleepMode)] = SleepMode.RESTORE
 
 
 class Policy(Model):

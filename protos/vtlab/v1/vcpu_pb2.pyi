@@ -997,6 +997,7 @@ class InterceptFilter(_message.Message):
     CR4_PINNED_FIELD_NUMBER: _builtins.int
     STATE_LOADS_FIELD_NUMBER: _builtins.int
     NO_SMI_FIELD_NUMBER: _builtins.int
+    SLEEPS_FIELD_NUMBER: _builtins.int
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -1029,6 +1030,8 @@ class InterceptFilter(_message.Message):
     """RSM exits with the state that it is about to load (StateLoad)."""
     no_smi: _builtins.bool
     """SMIs are dropped."""
+    sleeps: _builtins.bool
+    """A write of the sleep register that asks for S3 exits (Sleep)."""
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1065,10 +1068,11 @@ class InterceptFilter(_message.Message):
         cr4_pinned: _builtins.int = ...,
         state_loads: _builtins.bool = ...,
         no_smi: _builtins.bool = ...,
+        sleeps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "no_smi", b"no_smi", "ports", b"ports", "startup_window", b"startup_window", "startups", b"startups", "state_loads", b"state_loads", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "no_smi", b"no_smi", "ports", b"ports", "sleeps", b"sleeps", "startup_window", b"startup_window", "startups", b"startups", "state_loads", b"state_loads", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1459,6 +1463,7 @@ class Exit(_message.Message):
     POWER_OFF_FIELD_NUMBER: _builtins.int
     STARTUP_FIELD_NUMBER: _builtins.int
     STATE_LOAD_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
     VTL_RETURN_FIELD_NUMBER: _builtins.int
     PROTECT_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
@@ -1523,6 +1528,8 @@ class Exit(_message.Message):
     @_builtins.property
     def state_load(self) -> Global___StateLoad: ...
     @_builtins.property
+    def sleep(self) -> Global___Sleep: ...
+    @_builtins.property
     def vtl_return(self) -> Global___VtlReturn:
         """From VTL1 only."""
 
@@ -1558,14 +1565,15 @@ class Exit(_message.Message):
         power_off: Global___PowerOff | None = ...,
         startup: Global___Startup | None = ...,
         state_load: Global___StateLoad | None = ...,
+        sleep: Global___Sleep | None = ...,
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "startup", b"startup", "state_load", b"state_load", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "startup", b"startup", "state_load", b"state_load", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "vtl_return", "protect"]  # noqa: Y015
+    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "sleep", "vtl_return", "protect"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reason) -> _WhichOneofReturnType_reason | None: ...
 
@@ -1928,6 +1936,30 @@ class PowerOff(_message.Message):
 Global___PowerOff: _TypeAlias = PowerOff  # noqa: Y015
 
 @_typing.final
+class Sleep(_message.Message):
+    """The guest suspends the machine. The instruction that asked is over. COMMIT: the machine sleeps, with its memory kept, until the
+    clock's alarm; COMPLETE: it goes on as if nothing had been asked.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """"ACPI S3"."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sleep: _TypeAlias = Sleep  # noqa: Y015
+
+@_typing.final
 class EmulationFailure(_message.Message):
     """The core cannot go on. Fails closed: the vCPU stays stopped."""
 
@@ -2010,7 +2042,7 @@ Global___Startup: _TypeAlias = Startup  # noqa: Y015
 class StateLoad(_message.Message):
     """A vCPU is to go on with a whole state that no judged write led to: all of it is judged at once. COMMIT: it goes on.
     STARTUP_END: RETRY fetches again, after an update; DENY and SKIP leave the vCPU as INIT does, waiting for SIPI.
-    RSM: nothing is loaded yet; every answer but COMMIT, HALT and RESET is a shutdown, since there is no instruction that could
+    WAKE: `before` is what the vCPU held when it fell asleep, `state` that of the waking vector. RSM and WAKE: nothing is loaded yet; every answer but COMMIT, HALT and RESET is a shutdown, since there is no instruction that could
     fault instead. `state` has all MSRs, as they would be; `before` is what the vCPU held at the SMI.
     """
 

@@ -11,6 +11,7 @@ from vtl0_guest.cpu.devices.power_management import (
     EVENT_BLOCK,
     PORTS,
     SLEEP_TYPE_OFF,
+    SLEEP_TYPE_RAM,
     TIMER_BLOCK,
     TIMER_HZ,
 )
@@ -63,13 +64,13 @@ def test_the_machine_is_always_in_acpi_mode(machine: Machine) -> None:
     assert read(machine, CONTROL_BLOCK, 2) & 1
 
 
-def test_s5_switches_off_and_other_sleep_types_do_not(machine: Machine) -> None:
+def test_s3_and_s5_end_the_run_and_other_sleep_types_do_not(machine: Machine) -> None:
+    exits = {SLEEP_TYPE_RAM: vcpu_pb2.Sleep(source="ACPI S3"), SLEEP_TYPE_OFF: vcpu_pb2.PowerOff(source="ACPI S5")}
     for kind in range(8):
         write(machine, CONTROL_BLOCK, 2, kind << 10)
         assert machine.platform.take_exit() is None
         write(machine, CONTROL_BLOCK, 2, kind << 10 | 1 << 13)
-        expected = vcpu_pb2.PowerOff(source="ACPI S5") if kind == SLEEP_TYPE_OFF else None
-        assert machine.platform.take_exit() == expected
+        assert machine.platform.take_exit() == exits.get(kind)
 
 
 def test_s5_by_bytes(machine: Machine) -> None:

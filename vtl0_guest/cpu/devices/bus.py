@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vtl0_guest.cpu.devices.isa_lines import IsaLines
     from vtl0_guest.cpu.devices.local_apic import LocalApic, Startup
     from vtl0_guest.cpu.devices.pic import PicPair
+    from vtl0_guest.cpu.devices.power_management import PowerManagement
     from vtl0_guest.cpu.devices.serial import SerialPorts
     from vtl0_guest.cpu.devices.system_management import SmramControl
 
@@ -29,7 +30,7 @@ class SystemManagementInterrupt:
 
 
 # What a device can end a run with.
-DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest | vcpu_pb2.PowerOff | SystemManagementInterrupt
+DeviceExit = vcpu_pb2.DebugExit | vcpu_pb2.ResetRequest | vcpu_pb2.PowerOff | vcpu_pb2.Sleep | SystemManagementInterrupt
 
 
 class GeneralProtection(Exception):
@@ -138,6 +139,7 @@ class Platform:
         pic: the two 8259.
         lines: the ISA interrupt lines; the VMM's devices pulse them.
         smram: when SMRAM shows.
+        power: whether the machine sleeps.
         on_wake: called with a vCPU index when an interrupt or NMI may have become deliverable there. Spurious calls
             happen. Runs on the thread that caused it.
         on_deadline: called when next_deadline() may have changed.
@@ -155,9 +157,11 @@ class Platform:
         local_apics: Iterable[LocalApic],
         timed: Iterable[TimedDevice],
         smram: SmramControl,
+        power: PowerManagement,
     ) -> None:
         self.clock = clock
         self.smram = smram
+        self.power = power
         self.serial = serial
         self.mmio = dict(mmio)
         self.pic = pic

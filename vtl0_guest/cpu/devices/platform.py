@@ -36,7 +36,14 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
         apic.on_end_of_interrupt = io_apic.end_of_interrupt
     lines = IsaLines(pic, io_apic)
     timer = pit.Pit(clock, lines.line(_PIT_IRQ), guard)
-    cmos = rtc.Rtc(clock, lines.line(rtc.IRQ), guard, ram_size, vp_count)
+    clock_line = lines.line(rtc.IRQ)
+
+    def clock_interrupts(level: bool) -> None:
+        clock_line(level)
+        if level:
+            power.clock_event()
+
+    cmos = rtc.Rtc(clock, clock_interrupts, guard, ram_size, vp_count)
     keyboard = keyboard_controller.KeyboardController(lines.line(keyboard_controller.IRQ), guard)
     power = power_management.PowerManagement(clock, lines.line(power_management.SCI_IRQ), guard)
     uarts = [serial.Uart(base, lines.line(irq), clock) for base, irq in serial.PORTS]
@@ -67,4 +74,5 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
         ports |= dict.fromkeys(range(base, base + 8), uart)
     timed: list[TimedDevice] = [timer, cmos, power, *(apic.timer for apic in local_apics)]
     mmio: dict[int, MmioDevice] = {ioapic.BASE: io_apic}
-    return Platform(guard, clock, ports, mmio, serial.SerialPorts(uarts, guard), pic, lines, local_apics, timed, smram)
+    ports_of_uarts = serial.SerialPorts(uarts, guard)
+    return Platform(guard, clock, ports, mmio, ports_of_uarts, pic, lines, local_apics, timed, smram, power)

@@ -1,7 +1,7 @@
 """ACPI's fixed hardware: power-management timer, PM1 events and control, and the switch that turns the machine off.
 
-Source: ACPI 6.5, 4.8.3 ("Fixed hardware registers"). There are no buttons and no S3; the only event is the timer's
-carry. The machine is always in ACPI mode, so SCI_EN reads as one.
+Source: ACPI 6.5, 4.8.3 ("Fixed hardware registers"). There are no buttons; the events are the timer's
+carry and, in S3, the clock's alarm. The machine is always in ACPI mode, so SCI_EN reads as one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ SCI_IRQ = 9
 TIMER_HZ = 3579545
 # SLP_TYP of S5, as the DSDT's _S5 says.
 SLEEP_TYPE_OFF = 5
+# Of S3, as _S3 says.
+SLEEP_TYPE_RAM = 1
+# Where firmware (vtl0_guest.loaders.acpi) has the FACS, and the waking vector in it.
+FACS_ADDRESS, WAKING_VECTOR = 0xF0040, 12
 
 _TIMER_BITS = 24
 # The carry is a change of the highest bit.
 _CARRY = 1 << _TIMER_BITS - 1
-_TIMER_STATUS = 1
+_TIMER_STATUS, _CLOCK_STATUS, _WAKE_STATUS = 1, 1 << 10, 1 << 15
 # Enable bits that can be written: timer, global lock, power button, sleep button, clock. Kernels check that they stick.
 _ENABLE_WRITABLE = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10
 _SCI_ENABLED, _SLEEP_ENABLE = 1, 1 << 13
@@ -31,7 +35,9 @@ _CONTROL_WRITABLE = 0x1C02
 
 
 class PowerManagement:
-    """The three blocks."""
+    """The three blocks. Attributes: `asleep`: in S3."""
+
+    asleep = False
 
     def __init__(self, clock: Clock, line: IrqLine, guard: Guard) -> None:
         self._clock = clock
@@ -102,3 +108,18 @@ class PowerManagement:
         self._control = self._control & ~mask | value & mask
         if value & _SLEEP_ENABLE and self._control >> 10 & 7 == SLEEP_TYPE_OFF:
             self._guard.post_exit(vcpu_pb2.PowerOff(source="ACPI S5"))
+        elif value & _SLEEP_ENABLE and self._control >> 10 & 7 == SLEEP_TYPE_RAM:
+            self._guard.post_exit(vcpu_pb2.Sleep(source="ACPI S3"))
+
+    # ------------------------------------------------------------------------------------------ S3
+
+    def fall_asleep(self) -> None:
+        with self._guard:
+            self.asleep = True
+
+    def clock_event(self) -> None:
+        """The clock's alarm wakes the boot processor."""
+        if self.asleep:
+            self.asleep = False
+            self._status |= _CLOCK_STATUS | _WAKE_STATUS
+            self._guard.wake(0)

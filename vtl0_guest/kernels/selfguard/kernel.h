@@ -127,7 +127,8 @@ void smm_init(void);
 s64 smi(u64 command, u64 value, u64 address);
 
 /* sleep.c */
-s64 suspend_to_idle(u64 duration);
+void sleep_init(void);
+s64 sleep_in(u64 state, u64 duration);
 
 /* text_poke.c */
 s64 text_poke(u64 address, const void *bytes, u64 size);

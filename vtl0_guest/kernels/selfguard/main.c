@@ -44,6 +44,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     interrupts_init();
     console_init();
     smm_init();
+    sleep_init();
     driver_init();
     protect();
     log("selfguard: %s\n", guarded ? "guarded by VTL1" : "not guarded");

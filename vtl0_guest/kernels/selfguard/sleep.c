@@ -1,10 +1,72 @@
-/* Suspend to idle: every interrupt but the timer's is off, and the processor waits in HLT. */
+/* Suspending: to idle, where every interrupt but the timer's is off and the processor waits in HLT, and to RAM (ACPI S3). */
 #include "kernel.h"
+#include "sleep.h"
 
 #define PIC1_MASK 0x21
+#define CMOS_INDEX 0x70
+#define CMOS_DATA 0x71
+#define CMOS_SECONDS 0
+#define CMOS_STATUS_B 0x0B
+#define CMOS_STATUS_C 0x0C
+#define CMOS_ALARM 0x20
+#define ANY_TIME 0xC0
+
+extern const u8 wake_code[], wake_code_end[];
+extern u64 global_descriptor_table[];
+s64 suspend_to_ram(void);
+
+/* What the waking code goes back to. Kernels keep it in ordinary memory, and so does this one. */
+struct suspended {
+    u64 cr0, cr3, cr4;
+    u32 waking_vector;
+};
+struct suspended suspended;
+static struct table_register gdtr, idtr;
+
+/* While boot still has control registers to itself. */
+void sleep_init(void) {
+    suspended = (struct suspended){read_cr0(), read_cr3(), read_cr4(), WAKE_PAGE};
+    asm volatile("sgdt %0; sidt %1" : "=m"(gdtr), "=m"(idtr));
+    memcpy(direct(WAKE_PAGE), wake_code, (u64)(wake_code_end - wake_code));
+}
+
+/* From wakeup.S, on the early page tables, where the GDT can be written: LTR wants a task-state segment that is not busy. */
+__attribute__((section(".privileged"))) void wake_restore(void) {
+    load_gdt(&gdtr);
+    load_idt(&idtr);
+    global_descriptor_table[SELECTOR_TSS / 8] &= ~(1ull << 41);
+    load_task_register(SELECTOR_TSS);
+    write_cr4(suspended.cr4);
+    write_cr3(suspended.cr3);
+    write_cr0(suspended.cr0);
+}
+
+static u8 cmos(u8 index) {
+    outb(CMOS_INDEX, index);
+    return inb(CMOS_DATA);
+}
+
+static void set_cmos(u8 index, u8 value) {
+    outb(CMOS_INDEX, index);
+    outb(CMOS_DATA, value);
+}
+
+/* The clock's alarm, at the next second or the one after it. */
+static void arm_alarm(void) {
+    set_cmos(1, ANY_TIME);
+    set_cmos(3, ANY_TIME);
+    set_cmos(5, ANY_TIME);
+    (void)cmos(CMOS_STATUS_C);
+    set_cmos(CMOS_STATUS_B, cmos(CMOS_STATUS_B) | CMOS_ALARM);
+}
+
+static void disarm_alarm(void) {
+    set_cmos(CMOS_STATUS_B, cmos(CMOS_STATUS_B) & ~CMOS_ALARM);
+    (void)cmos(CMOS_STATUS_C);
+}
 
 /* Timer interrupts that came meanwhile. */
-s64 suspend_to_idle(u64 duration) {
+static s64 to_idle(u64 duration) {
     u64 start = ticks;
     u8 mask = inb(PIC1_MASK);
     outb(PIC1_MASK, 0xFE);
@@ -13,3 +75,18 @@ s64 suspend_to_idle(u64 duration) {
     outb(PIC1_MASK, mask);
     return (s64)(ticks - start);
 }
+
+static s64 to_ram(void) {
+    volatile u32 *facs = direct(FACS);
+    if (facs[0] != 0x53434146) /* "FACS" */
+        return -ENOSYS;
+    facs[FACS_WAKING_VECTOR / 4] = suspended.waking_vector;
+    log("selfguard: suspending to RAM\n");
+    arm_alarm();
+    s64 way = suspend_to_ram();
+    disarm_alarm();
+    log("selfguard: awake, %s\n", way == 0 ? "by the waking vector" : "where it fell asleep");
+    return way;
+}
+
+s64 sleep_in(u64 state, u64 duration) { return state == 0 ? to_idle(duration) : state == 3 ? to_ram() : -EINVAL; }

@@ -102,7 +102,7 @@ static s64 sys_smi(u64 command, u64 value, u64 address, u64 d) {
 
 static s64 sys_sleep(u64 state, u64 duration, u64 c, u64 d) {
     (void)c, (void)d;
-    return state == 0 ? suspend_to_idle(duration) : -EINVAL;
+    return sleep_in(state, duration);
 }
 
 static s64 sys_kexec(u64 operation, u64 name, u64 size, u64 d) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vtl0_guest.cpu.devices.power_management import FACS_ADDRESS
 from vtl0_guest.loaders.acpi import tables
 from vtl0_guest.loaders.target import FIRMWARE_START, Target
 
@@ -25,6 +26,7 @@ def place_tables(target: Target, vp_count: int) -> int:
         return at
 
     facs, dsdt = place(tables.facs()), place(tables.dsdt(vp_count))
+    assert facs == FACS_ADDRESS, "what wakes the machine looks there"
     described = [place(tables.fadt(facs, dsdt)), place(tables.madt(vp_count))]
     pointer = tables.rsdp(place(tables.rsdt(described)), place(tables.xsdt(described)))
     target.put_free(root, pointer.ljust(_ALIGNMENT, b"\0") + b"".join(placed), "ACPI tables")
