@@ -122,7 +122,7 @@ def replace_section(document: Path, written: str) -> None:
 
 def recorded(document: str) -> dict[str, str]:
     """Diagrams of a document by the names of their transitions."""
-    found = {}
+    found: dict[str, str] = {}
     for title, source in re.findall(r"^### ([^\n]*)\n\n.*?```mermaid\n(.*?)\n```", document, re.MULTILINE | re.DOTALL):
         found |= dict.fromkeys(re.findall(r"`([^`]+)`", title), source)
     return found
