@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tests.bench import guest, vtl
 from tests.bench.echo import EchoClient, EchoServer, microseconds
@@ -17,6 +18,10 @@ from vtlab.client import Lab
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
 from vtlab.v1.vcpu_pb2 import ACTION_COMPLETE, ENTER_REASON_RESUME, Enter, Resolution, RunRequest, RunResponse
+from vtlab_attacks.table import ATTACKS
+from vtlab_matrix.cells import Cell
+from vtlab_matrix.laboratory import Task
+from vtlab_matrix.workers import Workers
 
 LARGE_RAM = 1 << 30  # room for vtl.PAGES pages with a gap after each
 WORKLOADS = {"compute": guest.COMPUTE, "paging and memory traffic": guest.MEMORY}
@@ -29,6 +34,7 @@ AGAINST_BARE = {
 }
 ROUNDS = 20  # of a body in one run of an image; the first ones warm the translations up
 EXIT_ROUNDS = 10
+MATRIX_CELLS = 24
 
 
 @dataclass(frozen=True)
@@ -140,11 +146,35 @@ def start(setting: Setting) -> Iterator[Figure]:
     yield Figure("start of three processes to the first guest instruction", "s", seconds, 2.0, False)
 
 
+def matrix(setting: Setting) -> Iterator[Figure]:
+    """The same cells of the attack matrix by one worker and by two, each with a laboratory that is up."""
+    tasks = [Task(Cell(design="vtl", kind="attack", name=attack.name)) for attack in ATTACKS[:MATRIX_CELLS]]
+
+    def seconds(jobs: int) -> float:
+        with Workers(jobs, launch) as workers:
+            _run_all(workers, tasks[:jobs])
+            begin = time.perf_counter()
+            _run_all(workers, tasks)
+            return time.perf_counter() - begin
+
+    paired = in_turn(lambda: seconds(1), lambda: seconds(2), setting.turns)
+    one, two = (median(taken) / len(tasks) for taken in (paired.first, paired.second))
+    detail = f"{one:.3f} s a cell with one, {two:.3f} s with two"
+    yield Figure("attack matrix, one job to two", "ratio", paired.ratios, 1.7, True, detail)
+
+
+def _run_all(workers: Any, tasks: list[Any]) -> None:
+    red = [outcome for outcome in workers.run(tasks) if outcome.verdict.red]
+    if red:
+        raise RuntimeError(f"{red[0].cell}: {red[0].verdict}: {red[0].evidence}")
+
+
 MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
     "bare": against_bare_engine,
     "exits": round_trips,
     "protection": under_protection,
     "start": start,
+    "matrix": matrix,
 }
 
 

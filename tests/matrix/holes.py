@@ -45,8 +45,9 @@ class Hole(BaseModel):
     """One hole.
 
     Attributes:
-        id: short name; its anchor in docs/designs.md.
-        text: the sentence that names it, in our words.
+        id: short name.
+        text: the sentence of docs/designs.md that names it.
+        page: anchor of the section that has it.
         source: who says so, with the Message-ID of the mail or the document; empty if it was found here.
         cause: for a hole found here, why it is one.
         cells: what it explains.
@@ -56,6 +57,7 @@ class Hole(BaseModel):
 
     id: str
     text: str
+    page: str
     source: str = ""
     cause: str = ""
     cells: tuple[Pattern, ...]

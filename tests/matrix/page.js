@@ -137,9 +137,9 @@
     return table;
   };
   const hole = name => {
-    const [sentence, source, cause] = data.holes[name];
-    const link = make("a", `${data.page}#${name}`);
-    link.href = `${data.page}#${name}`;
+    const [sentence, source, cause, where] = data.holes[name];
+    const link = make("a", where);
+    link.href = where;
     return make("div", [
       make("p", [make("b", source ? "" : "Found here. "), sentence]),
       make("small", [source || cause, " · ", link])], source ? "hole" : "hole here");

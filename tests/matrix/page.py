@@ -87,11 +87,10 @@ def _data(report: Report) -> dict[str, Any]:
     return {
         "promised": DESIGN,
         "boot": BOOT,
-        "page": PAGE,
         "designs": report.designs,
         "marks": {verdict.value: [mark, CLASSES[verdict]] for verdict, (mark, _style) in MARKS.items()},
         "about": {name: [entry.sentence, entry.source] for name, entry in entries.items() if name in used},
-        "holes": {name: [hole.text, hole.source, hole.cause] for name, hole in holes.items()},
+        "holes": {name: [hole.text, hole.source, hole.cause, f"{PAGE}#{hole.page}"] for name, hole in holes.items()},
         "cells": cells,
         "texts": text.texts,
     }

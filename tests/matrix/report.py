@@ -56,7 +56,7 @@ class Report:
         for outcome in self.outcomes:
             cell = outcome.summary()
             if hole := self.explanations.get(outcome.cell):
-                cell["explanation"] = {"hole": hole.id, "text": hole.text} | (
+                cell["explanation"] = {"hole": hole.id, "text": hole.text, "page": f"{PAGE}#{hole.page}"} | (
                     {"found_here": hole.cause} if hole.found_here else {"source": hole.source}
                 )
             cells.append(cell)
