@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,12 @@ from vtl0_guest.session import Guest
 from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
 from vtlab.errors import BadArgument
+from vtlab.process import switch_threads_soon
 from vtlab.ram import TURN_FILE, Ram, RamFile
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _VTL = 0
 _PARTY = "vtl0"
-# Seconds after which a thread that wants to run Python gets its turn. Python's 5 ms would be the delay of every timer
-# while the processors spin.
-_SWITCH_INTERVAL = 0.0002
 
 
 class CoreLevel:
@@ -94,7 +91,7 @@ def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_
 
 def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
-    sys.setswitchinterval(_SWITCH_INTERVAL)
+    switch_threads_soon()
     guest = Guest(CoreLevel)
     server = serve(config, partial(vcpu_rpc.add_to_server, VcpuService(guest)))
     try:

@@ -9,11 +9,13 @@ from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.service import MonitorService, VcpuService
 from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
+from vtlab.process import switch_threads_soon
 from vtlab.v1 import monitor_pb2_grpc
 
 
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
+    switch_threads_soon()
     monitor = Monitor(load_rules(config.rules))
 
     def register(server: grpc.Server) -> None:
