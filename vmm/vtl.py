@@ -24,9 +24,11 @@ class VpVtl:
         assist_page: VP_ASSIST_PAGE MSR of each level.
         secure_config: VsmVpSecureConfigVtl0.
         vina: VsmVina of VTL1.
+        lower_waits: an interrupt for VTL0 came while it did not run, and it has not run since.
         cr_intercepts: CrInterceptControl and its masks (CR0, CR4, MISC_ENABLE) by HV_REGISTER_NAME.
         ports: I/O ports that VTL1 intercepts.
         started: HvCallStartVirtualProcessor started it.
+        starts_above: and it has VTL1, where it begins before it runs in VTL0.
     """
 
     enabled: int = 1 << VTL0
@@ -34,9 +36,11 @@ class VpVtl:
     assist_page: list[int] = field(default_factory=lambda: [0, 0])
     secure_config: int = 0
     vina: int = 0
+    lower_waits: bool = False
     cr_intercepts: dict[int, int] = field(default_factory=dict)
     ports: set[int] = field(default_factory=set)
     started: bool = False
+    starts_above: bool = False
 
     def has(self, vtl: int) -> bool:
         return bool(self.enabled >> vtl & 1)

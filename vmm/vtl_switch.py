@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vmm import vina
 from vmm.board import Answer, Board
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, may_call, may_return
@@ -53,7 +54,13 @@ def return_(board: Board, processor: Processor, exit_: Exit, control: int) -> An
 def interrupt(
     board: Board, processor: Processor, exit_: Exit, resolution: Resolution | None, updates: Iterable[Update] = ()
 ) -> Answer:
-    """An interrupt for VTL1, or a message that raises one, preempts VTL0 after `exit_`."""
+    """An interrupt for VTL1, or a message that raises one, preempts VTL0 after `exit_`.
+
+    A VP that is started in VTL1 comes here too, and runs there whether an interrupt waits or not.
+    """
+    if processor.vtl.starts_above:
+        processor.vtl.starts_above = False
+        return to_vtl1(board, processor, exit_, resolution, vcpu_pb2.ENTER_REASON_RESUME, updates)
     return to_vtl1(board, processor, exit_, resolution, vcpu_pb2.ENTER_REASON_INTERRUPT, updates)
 
 
@@ -75,6 +82,7 @@ def to_vtl1(
     board.gate.take_interrupt(processor.index)  # VTL1 sees for itself what waits
     processor.suspended[VTL0] = resolution
     processor.vtl.active = VTL1
+    vina.entered(processor)
     ending, processor.suspended[VTL1] = processor.suspended[VTL1], None
     enter = processor.resume(ending, updates, reason)
     enter.registers.CopyFrom(exit_.registers)
@@ -84,6 +92,7 @@ def to_vtl1(
 
 def _to_vtl0(board: Board, processor: Processor) -> Enter:
     processor.vtl.active = VTL0
+    vina.left(processor)
     if processor.vtl.release_tlb_lock():
         board.gate.changed()
     ending, processor.suspended[VTL0] = processor.suspended[VTL0], None

@@ -101,7 +101,15 @@ class Guest:
 
     def stream(self, vp_index: int) -> Execute:
         """Begins a stream of a vCPU: see Vcpu.stream. Raises NotFound, WrongState."""
-        return self._vcpu(vp_index).stream()
+        execute = self._vcpu(vp_index).stream()
+
+        def answer(enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+            exit_ = execute(enter)
+            if self._wakes.heard and exit_.HasField("hypercall"):
+                self._woken(vp_index)  # what came while it ran, and was not taken before it may be a VTL call
+            return exit_
+
+        return answer
 
     def kick(self, vp_index: int, sequence: int) -> bool:
         """False if that enter has exited already."""

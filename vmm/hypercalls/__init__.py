@@ -3,6 +3,7 @@
 from vmm.hypercalls.abi import Shape
 from vmm.hypercalls.cluster_ipi import (
     CLUSTER_IPI_EX_HEADER_SIZE,
+    CLUSTER_IPI_FAILS,
     CLUSTER_IPI_HEADER_SIZE,
     send_cluster_ipi,
     send_cluster_ipi_ex,
@@ -15,8 +16,15 @@ from vmm.hypercalls.flush import (
     flush_space,
     flush_space_ex,
 )
-from vmm.hypercalls.install_intercept import install_intercept
-from vmm.hypercalls.synic_calls import POST_MESSAGE_SIZE, SIGNAL_EVENT_SIZE, post_message, signal_event
+from vmm.hypercalls.install_intercept import INSTALL_INTERCEPT_FAILS, install_intercept
+from vmm.hypercalls.synic_calls import (
+    POST_MESSAGE_FAILS,
+    POST_MESSAGE_SIZE,
+    SIGNAL_EVENT_FAILS,
+    SIGNAL_EVENT_SIZE,
+    post_message,
+    signal_event,
+)
 from vmm.hypercalls.table import Hypercalls, Row
 from vmm.hypercalls.translate import (
     EX_OUTPUT_SIZE,
@@ -24,8 +32,9 @@ from vmm.hypercalls.translate import (
     translate_virtual_address,
     translate_virtual_address_ex,
 )
-from vmm.hypercalls.vp_registers import get_vp_registers, set_vp_registers
+from vmm.hypercalls.vp_registers import GET_FAILS, SET_FAILS, get_vp_registers, set_vp_registers
 from vmm.hypercalls.vsm_calls import (
+    APIC_ID_FAILS,
     APIC_ID_HEADER_SIZE,
     ENABLE_VP_VTL_SIZE,
     enable_partition_vtl,
@@ -43,45 +52,80 @@ from vtlab.hyperv.layouts import (
     TRANSLATE_INPUT_SIZE,
     VP_HEADER_SIZE,
 )
+from vtlab.hyperv.status import HvStatus
 
 __all__ = ["HYPERCALLS"]
 
+_PARAMETER = (HvStatus.INVALID_PARAMETER,)
+_DENIED = (HvStatus.ACCESS_DENIED,)
 _SET_ROWS = Shape(VP_HEADER_SIZE, element_in=REGISTER_ASSOCIATION_SIZE)
 
 # The VTL switches are not here: they take no input, give no status, and are served before (vmm.exits).
 HYPERCALLS = Hypercalls(
     {
-        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE: Row(Shape(FLUSH_HEADER_SIZE), flush_space),
-        HypercallCode.FLUSH_VIRTUAL_ADDRESS_LIST: Row(Shape(FLUSH_HEADER_SIZE, element_in=8), flush_list),
-        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX: Row(Shape(FLUSH_EX_HEADER_SIZE, variable=True), flush_space_ex),
+        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE: Row(Shape(FLUSH_HEADER_SIZE), flush_space, fails=_PARAMETER),
+        HypercallCode.FLUSH_VIRTUAL_ADDRESS_LIST: Row(
+            Shape(FLUSH_HEADER_SIZE, element_in=8), flush_list, fails=_PARAMETER
+        ),
+        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX: Row(
+            Shape(FLUSH_EX_HEADER_SIZE, variable=True), flush_space_ex, fails=_PARAMETER
+        ),
         HypercallCode.FLUSH_VIRTUAL_ADDRESS_LIST_EX: Row(
-            Shape(FLUSH_EX_HEADER_SIZE, element_in=8, variable=True), flush_list_ex
+            Shape(FLUSH_EX_HEADER_SIZE, element_in=8, variable=True), flush_list_ex, fails=_PARAMETER
         ),
-        HypercallCode.SEND_SYNTHETIC_CLUSTER_IPI: Row(Shape(CLUSTER_IPI_HEADER_SIZE), send_cluster_ipi),
+        HypercallCode.SEND_SYNTHETIC_CLUSTER_IPI: Row(
+            Shape(CLUSTER_IPI_HEADER_SIZE), send_cluster_ipi, fails=CLUSTER_IPI_FAILS
+        ),
         HypercallCode.SEND_SYNTHETIC_CLUSTER_IPI_EX: Row(
-            Shape(CLUSTER_IPI_EX_HEADER_SIZE, variable=True), send_cluster_ipi_ex
+            Shape(CLUSTER_IPI_EX_HEADER_SIZE, variable=True), send_cluster_ipi_ex, fails=CLUSTER_IPI_FAILS
         ),
-        HypercallCode.MODIFY_VTL_PROTECTION_MASK: Row(Shape(16, element_in=8), modify_vtl_protection_mask),
-        HypercallCode.ENABLE_PARTITION_VTL: Row(Shape(ENABLE_PARTITION_VTL_SIZE), enable_partition_vtl),
-        HypercallCode.ENABLE_VP_VTL: Row(Shape(ENABLE_VP_VTL_SIZE, fast=False), enable_vp_vtl),
-        HypercallCode.INSTALL_INTERCEPT: Row(Shape(INSTALL_INTERCEPT_SIZE), install_intercept),
+        HypercallCode.MODIFY_VTL_PROTECTION_MASK: Row(
+            Shape(16, element_in=8),
+            modify_vtl_protection_mask,
+            rules="modify_vtl_protection_mask",
+            fails=_PARAMETER,
+        ),
+        HypercallCode.ENABLE_PARTITION_VTL: Row(
+            Shape(ENABLE_PARTITION_VTL_SIZE), enable_partition_vtl, rules="enable_partition_vtl"
+        ),
+        HypercallCode.ENABLE_VP_VTL: Row(
+            Shape(ENABLE_VP_VTL_SIZE, fast=False), enable_vp_vtl, rules="enable_vp_vtl", fails=_DENIED
+        ),
+        HypercallCode.INSTALL_INTERCEPT: Row(
+            Shape(INSTALL_INTERCEPT_SIZE), install_intercept, fails=INSTALL_INTERCEPT_FAILS
+        ),
         HypercallCode.GET_VP_REGISTERS: Row(
-            Shape(VP_HEADER_SIZE, element_in=4, element_out=REGISTER_VALUE_SIZE), get_vp_registers, empty=True
+            Shape(VP_HEADER_SIZE, element_in=4, element_out=REGISTER_VALUE_SIZE),
+            get_vp_registers,
+            empty=True,
+            rules="get_vp_registers",
+            fails=GET_FAILS,
         ),
-        HypercallCode.POST_MESSAGE: Row(Shape(POST_MESSAGE_SIZE, fast=False), post_message),
-        HypercallCode.SIGNAL_EVENT: Row(Shape(SIGNAL_EVENT_SIZE), signal_event),
+        HypercallCode.POST_MESSAGE: Row(Shape(POST_MESSAGE_SIZE, fast=False), post_message, fails=POST_MESSAGE_FAILS),
+        HypercallCode.SIGNAL_EVENT: Row(Shape(SIGNAL_EVENT_SIZE), signal_event, fails=SIGNAL_EVENT_FAILS),
         HypercallCode.SET_VP_REGISTERS: Row(
-            _SET_ROWS, set_vp_registers, columns=_SET_ROWS._replace(columns=(4, 16)), empty=True
+            _SET_ROWS,
+            set_vp_registers,
+            columns=_SET_ROWS._replace(columns=(4, 16)),
+            empty=True,
+            rules="set_vp_registers",
+            fails=SET_FAILS,
         ),
         HypercallCode.TRANSLATE_VIRTUAL_ADDRESS: Row(
-            Shape(TRANSLATE_INPUT_SIZE, OUTPUT_SIZE), translate_virtual_address
+            Shape(TRANSLATE_INPUT_SIZE, OUTPUT_SIZE), translate_virtual_address, rules="translate_virtual_address"
         ),
         HypercallCode.TRANSLATE_VIRTUAL_ADDRESS_EX: Row(
-            Shape(TRANSLATE_INPUT_SIZE, EX_OUTPUT_SIZE), translate_virtual_address_ex
+            Shape(TRANSLATE_INPUT_SIZE, EX_OUTPUT_SIZE),
+            translate_virtual_address_ex,
+            rules="translate_virtual_address",
         ),
-        HypercallCode.START_VIRTUAL_PROCESSOR: Row(Shape(ENABLE_VP_VTL_SIZE, fast=False), start_virtual_processor),
+        HypercallCode.START_VIRTUAL_PROCESSOR: Row(
+            Shape(ENABLE_VP_VTL_SIZE, fast=False), start_virtual_processor, rules="start_virtual_processor"
+        ),
         HypercallCode.GET_VP_INDEX_FROM_APIC_ID: Row(
-            Shape(APIC_ID_HEADER_SIZE, element_in=4, element_out=4), get_vp_index_from_apic_id
+            Shape(APIC_ID_HEADER_SIZE, element_in=4, element_out=4),
+            get_vp_index_from_apic_id,
+            fails=APIC_ID_FAILS,
         ),
     }
 )

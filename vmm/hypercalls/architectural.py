@@ -9,11 +9,14 @@ from __future__ import annotations
 from vmm import processor_state
 from vmm.hypercalls import register_values
 from vmm.hypercalls.table import Call
+from vmm.memory import WRITE
 from vmm.processor import Processor
 from vmm.vtl import HIGHEST_VTL, VTL0
+from vtlab.errors import VtlabError
 from vtlab.hyperv.layouts import decode_segment, decode_table, encode_segment, encode_table
 from vtlab.hyperv.registers import MSR_OF_REGISTER, SYNTHETIC_MSR_OF_REGISTER
 from vtlab.hyperv.status import HvStatus
+from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import registers_pb2
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterValue
 from vtlab.v1.vcpu_pb2 import Update
@@ -61,8 +64,7 @@ def write(call: Call, processor: Processor, target: int, name: int, value: int) 
     """A level above may have reasons to keep its lower one from this: then that one cannot write its own."""
     index = SYNTHETIC_MSR_OF_REGISTER.get(name)
     if index is not None:
-        processor.post(Update(msr=MsrValue(index=index, value=value & (1 << 64) - 1)), vtl=target)
-        return HvStatus.SUCCESS
+        return _write_synthetic(call, processor, target, index, value)
     if target == call.vtl and any(processor.vtl.has(vtl) for vtl in range(call.vtl + 1, HIGHEST_VTL + 1)):
         return HvStatus.ACCESS_DENIED
     index = MSR_OF_REGISTER.get(name)
@@ -81,6 +83,23 @@ def write(call: Call, processor: Processor, target: int, name: int, value: int) 
     processor.post(Update(register=register), vtl=target)
     if target == VTL0 and name in _WAKES:
         call.board.gate.wake(processor.index)
+    return HvStatus.SUCCESS
+
+
+def _write_synthetic(call: Call, processor: Processor, target: int, index: int, value: int) -> HvStatus:
+    if index in register_values.SYNTHETIC_READ_ONLY:
+        return HvStatus.INVALID_PARAMETER
+
+    def writable(gpa: int) -> bool:
+        try:
+            call.board.memory.check(gpa, PAGE_SIZE, WRITE, target)
+        except VtlabError:
+            return False
+        return True
+
+    if not register_values.legal_synthetic(index, value, writable):
+        return HvStatus.INVALID_REGISTER_VALUE
+    processor.post(Update(msr=MsrValue(index=index, value=value)), vtl=target)
     return HvStatus.SUCCESS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from vmm import vina
 from vmm.board import Board
 from vmm.hypercalls.table import Call, Reply
 from vmm.vtl import HIGHEST_VTL, VTL0, VTL1
@@ -14,6 +15,8 @@ from vtlab.v1.vcpu_pb2 import ApicInterrupt, Update
 
 CLUSTER_IPI_HEADER_SIZE = CLUSTER_IPI_SIZE + 8
 CLUSTER_IPI_EX_HEADER_SIZE = CLUSTER_IPI_SIZE + 16
+# Not in a profile that lets VTL0 interrupt a VTL1 of guest code, but a policy is never interrupted.
+CLUSTER_IPI_FAILS = (HvStatus.INVALID_PARAMETER, HvStatus.ACCESS_DENIED, HvStatus.INVALID_VTL_STATE)
 _FIRST_VECTOR, _LAST_VECTOR = 0x10, 0xFF
 
 
@@ -52,6 +55,8 @@ def _send(call: Call, targets: set[int] | None) -> Reply:
 def interrupt_level(board: Board, vp_index: int, vtl: int, update: Update) -> None:
     """Gives a level of a vCPU something that raises an interrupt there; a higher one preempts a lower one at once."""
     board.processors[vp_index].post(update, vtl=vtl)
+    if vtl == VTL0:
+        vina.notice(board, vp_index)
     if vtl == VTL1 and board.guest_code:
         board.gate.interrupt(vp_index)
     if vtl == VTL0 or board.processors[vp_index].vtl.active == VTL1:

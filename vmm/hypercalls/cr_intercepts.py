@@ -67,6 +67,7 @@ def intercept_filter(levels: VpVtl) -> InterceptFilter:
         tr_writes=bool(control & Control.TR_WRITE),
         msr_writes=writes,
         ports=[IndexRange(first=port, count=1) for port in sorted(levels.ports)],
+        unchanged_writes=bool(control),
     )
 
 

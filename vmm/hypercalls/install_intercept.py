@@ -9,6 +9,12 @@ from vtlab.hyperv.hypercalls import PARTITION_SELF
 from vtlab.hyperv.layouts import InstallInterceptInput
 from vtlab.hyperv.status import HvStatus
 
+INSTALL_INTERCEPT_FAILS = (
+    HvStatus.INVALID_PARTITION_ID,
+    HvStatus.INVALID_VTL_STATE,
+    HvStatus.ACCESS_DENIED,
+    HvStatus.INVALID_PARAMETER,
+)
 _IO_PORT = 0
 _ACCESS_BITS = 3  # read and write; none of them takes the intercept away
 _LAST_PORT = 0xFFFF

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vtlab.hyperv.msrs import PAGE_ENABLE, HvMsr
+from vtlab.hyperv.synic import FIRST_VECTOR, SINT_COUNT, SintFlags
+from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import registers_pb2 as r
 from vtlab.x86.paging import is_canonical
 from vtlab.x86.registers import Cr0, Cr4, Efer, Msr
@@ -60,6 +63,17 @@ MSRS: dict[int, Check] = {
     Msr.PAT: _pat,
 }
 
+# Synthetic MSRs of the form enable [0], page number [63:12]: an enabled page must be one that the level can write.
+PAGES = frozenset({HvMsr.VP_ASSIST_PAGE, HvMsr.SIEFP, HvMsr.SIMP})
+SYNTHETIC_READ_ONLY = frozenset({HvMsr.SVERSION})
+
+
+def _sint(value: int) -> bool:
+    return value & 0xFF >= FIRST_VECTOR or bool(value & SintFlags.MASKED)
+
+
+SYNTHETIC: dict[int, Check] = {HvMsr.SINT0 + sint: _sint for sint in range(SINT_COUNT)}
+
 
 def legal_register(name: int, value: int) -> bool:
     """A 64-bit register by name; names without a row take every value."""
@@ -70,3 +84,13 @@ def legal_register(name: int, value: int) -> bool:
 def legal_msr(index: int, value: int) -> bool:
     check = MSRS.get(index)
     return value <= _WORD and (check is None or check(value))
+
+
+def legal_synthetic(index: int, value: int, writable: Callable[[int], bool]) -> bool:
+    """A synthetic MSR by its index; `writable` tells of a guest-physical address whether the level can write there."""
+    if value > _WORD:
+        return False
+    if index in PAGES and value & PAGE_ENABLE:
+        return writable(value & -PAGE_SIZE)
+    check = SYNTHETIC.get(index)
+    return check is None or check(value)

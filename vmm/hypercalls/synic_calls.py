@@ -12,9 +12,11 @@ from vtlab.v1.vcpu_pb2 import SynicEvent, SynicMessage, Update
 # Connection u32@0, reserved u32, message type u32@8, payload size u32@12, payload 240 @16.
 _POST = struct.Struct("<I4xII240s")
 POST_MESSAGE_SIZE = _POST.size
+POST_MESSAGE_FAILS = (HvStatus.INVALID_PARAMETER, HvStatus.INVALID_CONNECTION_ID, HvStatus.INSUFFICIENT_BUFFERS)
 # Connection u32@0, flag number u16@4, reserved u16@6.
 _SIGNAL = struct.Struct("<IHH")
 SIGNAL_EVENT_SIZE = _SIGNAL.size
+SIGNAL_EVENT_FAILS = (HvStatus.INVALID_PARAMETER, HvStatus.INVALID_CONNECTION_ID)
 
 
 def post_message(call: Call) -> Reply:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vmm.board import Board
 from vmm.hypercalls import abi
-from vmm.hypercalls.rules import CallRules, Facts, rules_of
+from vmm.hypercalls.rules import CallRules, Facts, Rules, rules_of
 from vmm.processor import Processor
 from vtlab.errors import VtlabError
 from vtlab.hyperv.hypercalls import HypercallCode, InputValue, encode_result
@@ -66,12 +66,29 @@ class Reply(NamedTuple):
 
 
 class Row(NamedTuple):
-    """`columns` replaces the shape in profiles whose elements stand in columns; `empty`: see no_repetitions there."""
+    """A call.
+
+    Attributes:
+        columns: replaces the shape in profiles whose elements stand in columns.
+        empty: see no_repetitions there.
+        rules: its rows in CallRules, if it has some.
+        fails: statuses that `serve` gives beside those.
+    """
 
     shape: abi.Shape
     serve: Callable[[Call], Reply]
     columns: abi.Shape | None = None
     empty: bool = False
+    rules: str = ""
+    fails: tuple[HvStatus, ...] = ()
+
+    def statuses(self, profile: str) -> frozenset[HvStatus]:
+        """All that the call can give: success, what the ABI refuses, what its rules and its own checks do."""
+        rules: Rules = getattr(rules_of(profile), self.rules) if self.rules else ()
+        return frozenset({HvStatus.SUCCESS, *_OF_THE_ABI, *self.fails, *(status for _, status in rules if status)})
+
+
+_OF_THE_ABI = (HvStatus.INVALID_HYPERCALL_INPUT, HvStatus.INVALID_ALIGNMENT)
 
 
 class Hypercalls:
@@ -79,6 +96,10 @@ class Hypercalls:
 
     def __init__(self, rows: dict[HypercallCode, Row]) -> None:
         self._rows: dict[int, Row] = {int(code): row for code, row in rows.items()}
+
+    def statuses(self, profile: str) -> set[tuple[int, HvStatus]]:
+        """Every pair of call and status that can be. The VTL switches give none, and are not here."""
+        return {(code, status) for code, row in self._rows.items() for status in row.statuses(profile)}
 
     def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: abi.Request) -> int | None:
         """The result value, or None if the caller has to make the call again.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from vmm import vina
 from vmm.hypercalls import architectural, pending_event
 from vmm.hypercalls.cr_intercepts import CONTROL_BITS, apply_intercepts
 from vmm.hypercalls.protection import protect_all
@@ -19,6 +20,7 @@ from vmm.vtl import HIGHEST_VTL, VTL0, VTL1
 from vtlab.hyperv.layouts import REGISTER_VALUE_SIZE, RegisterAssociation, VpHeader
 from vtlab.hyperv.registers import HvRegister
 from vtlab.hyperv.status import HvStatus
+from vtlab.hyperv.synic import FIRST_VECTOR
 from vtlab.hyperv.vsm import (
     DEFAULT_MASK,
     DEFAULT_MASK_SHIFT,
@@ -31,6 +33,14 @@ from vtlab.hyperv.vsm import (
 )
 from vtlab.v1.vcpu_pb2 import PendingEvent, Update
 
+# What a row of the table, or of the architectural registers, can refuse with.
+GET_FAILS = (
+    HvStatus.ACCESS_DENIED,
+    HvStatus.INVALID_PARAMETER,
+    HvStatus.INVALID_VTL_STATE,
+    HvStatus.INVALID_VP_STATE,
+)
+SET_FAILS = (*GET_FAILS, HvStatus.INVALID_REGISTER_VALUE)
 _DENIED = HvStatus.ACCESS_DENIED
 _BAD_VALUE = HvStatus.INVALID_REGISTER_VALUE
 _WORD = (1 << 64) - 1
@@ -137,16 +147,22 @@ def _write_config(scope: Scope, value: int) -> HvStatus:
 def _write_secure_config(scope: Scope, value: int) -> HvStatus:
     """MBEC follows the partition; the lock of VTL0's translations holds until it is cleared or VTL1 returns."""
     mbec = bool(value & SecureConfig.MBEC)
-    if value & ~_SECURE_BITS or (mbec and not scope.call.board.vtl.has_mbec):
+    partition = scope.call.board.vtl.has_mbec
+    if value & ~_SECURE_BITS or (mbec and not partition):
         return _BAD_VALUE
+    if partition and not mbec and scope.call.profile.vp_without_mbec:
+        return scope.call.profile.vp_without_mbec
     scope.processor.vtl.secure_config = value
     scope.call.board.gate.changed()
     return HvStatus.SUCCESS
 
 
 def _write_vina(scope: Scope, value: int) -> HvStatus:
-    if value & ~_VINA_BITS:
+    """A vector below 16 is no interrupt's."""
+    if value & ~_VINA_BITS or (value & vina.ENABLE and value & vina.VECTOR < FIRST_VECTOR):
         return _BAD_VALUE
+    if value & vina.ENABLE and not any(processor.vtl.vina & vina.ENABLE for processor in scope.call.board.processors):
+        vina.listen(scope.call.board)
     scope.processor.vtl.vina = value
     return HvStatus.SUCCESS
 

@@ -25,6 +25,7 @@ from vtlab.v1.vcpu_pb2 import Exit, StartProcessor, Startup, Update
 
 ENABLE_VP_VTL_SIZE = VP_HEADER_SIZE + INITIAL_VP_CONTEXT_SIZE
 APIC_ID_HEADER_SIZE = 16
+APIC_ID_FAILS = (HvStatus.INVALID_PARTITION_ID, HvStatus.INVALID_PARAMETER, HvStatus.ACCESS_DENIED)
 
 
 def enable_partition_vtl(call: Call) -> Reply:
@@ -84,7 +85,10 @@ def _may_start(call: Call, target: Processor, context: bytes) -> bool:
 
 
 def start_virtual_processor(call: Call) -> Reply:
-    """HvCallStartVirtualProcessor: a VP that was never started begins with the context, at the level it is for."""
+    """HvCallStartVirtualProcessor: a VP that was never started begins in its highest level.
+
+    The context is for the level that is named; another one has that of HvCallEnableVpVtl.
+    """
     request = VpHeader.decode(call.header[:VP_HEADER_SIZE])
     facts = call.facts()
     status = first_objection(call.rules.start_virtual_processor, facts, request)
@@ -95,7 +99,8 @@ def start_virtual_processor(call: Call) -> Reply:
         return Reply(HvStatus.ACCESS_DENIED)
     target.vtl.started = True
     _start(target, request.vtl, call.header[VP_HEADER_SIZE:])
-    if request.vtl:
+    if call.board.guest_code and target.vtl.has(VTL1):
+        target.vtl.starts_above = True
         call.board.gate.interrupt(target.index)
     else:
         call.board.gate.kick(target.index)

@@ -6,6 +6,9 @@ from vtlab.v1 import registers_pb2, vcpu_pb2
 
 # CR3 without PCID and flags.
 _CR3_BASE = 0x000F_FFFF_FFFF_F000
+_ALL = (1 << 64) - 1
+# What a secure intercept gives no mask for.
+_WITHOUT_MASK = (registers_pb2.REGISTER_NAME_EFER, registers_pb2.REGISTER_NAME_XFEM)
 
 
 class Intercepts:
@@ -27,6 +30,7 @@ class Intercepts:
             registers_pb2.REGISTER_NAME_CR0: message.cr0_pinned,
             registers_pb2.REGISTER_NAME_CR4: message.cr4_pinned,
         }
+        self._unchanged = message.unchanged_writes
         self._cr3_writes = message.cr3_writes
         self._cr3_targets = frozenset(target & _CR3_BASE for target in message.cr3_targets)
         self._tables = {
@@ -63,7 +67,10 @@ class Intercepts:
 
     def register_write(self, name: registers_pb2.RegisterName.ValueType, old: int, new: int) -> bool:
         """CR0, CR4, EFER, XCR0: does a watched bit change, or would a pinned one be clear?"""
-        return bool((old ^ new) & self._masks[name] or ~new & self._pinned.get(name, 0))
+        mask = self._masks[name]
+        if (old ^ new) & mask or ~new & self._pinned.get(name, 0):
+            return True
+        return name in _WITHOUT_MASK and self._every_write(mask)
 
     def cr3_write(self, value: int) -> bool:
         """MOV to CR3: is the new root watched? A repeated load of the present root counts as any other."""
@@ -75,7 +82,11 @@ class Intercepts:
 
     def msr_write(self, index: int, old: int, new: int) -> bool:
         """Does a watched bit of the MSR change?"""
-        return bool((old ^ new) & self._msr_writes.get(index, 0))
+        mask = self._msr_writes.get(index, 0)
+        return bool((old ^ new) & mask) or self._every_write(mask)
+
+    def _every_write(self, mask: int) -> bool:
+        return self._unchanged and mask == _ALL
 
     def msr_watched(self, index: int) -> bool:
         return index in self._msr_writes

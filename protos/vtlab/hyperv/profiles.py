@@ -50,6 +50,7 @@ class VsmProfile:
     other_vp_set: HvStatus
     own_registers: bool
     config_change: HvStatus
+    vp_without_mbec: HvStatus
     translate_own: bool
     ipi_to_higher: HvStatus
     memory_message_size: int
@@ -155,6 +156,13 @@ DIFFERENCES: tuple[Difference, ...] = (
         "config_change",
         "The default mask of VsmPartitionConfig is changed after protections were enabled",
         _S.INVALID_REGISTER_VALUE,
+        _S.INVALID_REGISTER_VALUE,
+        _S.SUCCESS,
+    ),
+    Difference(
+        "vp_without_mbec",
+        "VsmVpSecureConfigVtl0 without MBEC, where the partition has it",
+        _S.SUCCESS,
         _S.INVALID_REGISTER_VALUE,
         _S.SUCCESS,
     ),

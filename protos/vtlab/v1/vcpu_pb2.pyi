@@ -842,6 +842,7 @@ class Update(_message.Message):
     SYNIC_INTERRUPT_FIELD_NUMBER: _builtins.int
     FLUSH_TRANSLATIONS_FIELD_NUMBER: _builtins.int
     STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
+    INTERRUPT_NOTICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -872,6 +873,8 @@ class Update(_message.Message):
     def flush_translations(self) -> Global___FlushTranslations: ...
     @_builtins.property
     def startup_window(self) -> Global___StartupWindow: ...
+    @_builtins.property
+    def interrupt_notice(self) -> Global___InterruptNotice: ...
     def __init__(
         self,
         *,
@@ -890,16 +893,47 @@ class Update(_message.Message):
         synic_interrupt: Global___SynicInterrupt | None = ...,
         flush_translations: Global___FlushTranslations | None = ...,
         startup_window: Global___StartupWindow | None = ...,
+        interrupt_notice: Global___InterruptNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window", "interrupt_notice"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
+
+@_typing.final
+class InterruptNotice(_message.Message):
+    """VINA: an interrupt waits for VTL0 while VTL1 runs. If VinaStatus in the assist page of VTL1 is clear, it is set and the
+    vector is raised. With `reset` alone VinaStatus is cleared.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    AUTO_EOI_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    vector: _builtins.int
+    auto_eoi: _builtins.bool
+    """The vector is over as soon as it is taken."""
+    reset: _builtins.bool
+    def __init__(
+        self,
+        *,
+        vector: _builtins.int = ...,
+        auto_eoi: _builtins.bool = ...,
+        reset: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_eoi", b"auto_eoi", "reset", b"reset", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterruptNotice: _TypeAlias = InterruptNotice  # noqa: Y015
 
 @_typing.final
 class PageAccess(_message.Message):
@@ -998,6 +1032,7 @@ class InterceptFilter(_message.Message):
     STATE_LOADS_FIELD_NUMBER: _builtins.int
     NO_SMI_FIELD_NUMBER: _builtins.int
     SLEEPS_FIELD_NUMBER: _builtins.int
+    UNCHANGED_WRITES_FIELD_NUMBER: _builtins.int
     cr0_mask: _builtins.int
     """A write exits only if it changes a bit set here: (old ^ new) & mask."""
     cr4_mask: _builtins.int
@@ -1032,6 +1067,8 @@ class InterceptFilter(_message.Message):
     """SMIs are dropped."""
     sleeps: _builtins.bool
     """A write of the sleep register that asks for S3 exits (Sleep)."""
+    unchanged_writes: _builtins.bool
+    """EFER, XCR0 and the MSRs of msr_writes whose mask is all ones exit at every write, changed or not."""
     @_builtins.property
     def cr3_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1069,10 +1106,11 @@ class InterceptFilter(_message.Message):
         state_loads: _builtins.bool = ...,
         no_smi: _builtins.bool = ...,
         sleeps: _builtins.bool = ...,
+        unchanged_writes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "no_smi", b"no_smi", "ports", b"ports", "sleeps", b"sleeps", "startup_window", b"startup_window", "startups", b"startups", "state_loads", b"state_loads", "tr_writes", b"tr_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "cr0_mask", b"cr0_mask", "cr0_pinned", b"cr0_pinned", "cr3_targets", b"cr3_targets", "cr3_writes", b"cr3_writes", "cr4_mask", b"cr4_mask", "cr4_pinned", b"cr4_pinned", "efer_mask", b"efer_mask", "gdtr_writes", b"gdtr_writes", "hlt", b"hlt", "idtr_writes", b"idtr_writes", "invlpg", b"invlpg", "ldtr_writes", b"ldtr_writes", "msr_reads", b"msr_reads", "msr_writes", b"msr_writes", "no_smi", b"no_smi", "ports", b"ports", "sleeps", b"sleeps", "startup_window", b"startup_window", "startups", b"startups", "state_loads", b"state_loads", "tr_writes", b"tr_writes", "unchanged_writes", b"unchanged_writes", "user_hypercalls", b"user_hypercalls", "xcr0_mask", b"xcr0_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1086,7 +1124,7 @@ class MsrFilter(_message.Message):
     MASK_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     mask: _builtins.int
-    """A write exits only if it changes a bit set here. All ones: every change."""
+    """A write exits only if it changes a bit set here. All ones: every change; see also unchanged_writes."""
     def __init__(
         self,
         *,

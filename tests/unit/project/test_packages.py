@@ -12,6 +12,7 @@ FOLDERS = {
     "vtl1_monitor": "vtl1_monitor",
     "vtlab": "protos/vtlab",
     "vtlab_attacks": "tests/attacks",
+    "vtlab_conformance": "tests/conformance",
     "vtlab_matrix": "tests/matrix",
 }
 

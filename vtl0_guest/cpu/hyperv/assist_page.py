@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 
 from vtl0_guest.cpu.hyperv.pages import MsrPage
-from vtlab.hyperv.layouts import ASSIST_ENTRY_REASON_OFFSET, ASSIST_RETURN_RAX_OFFSET
+from vtlab.hyperv.layouts import ASSIST_ENTRY_REASON_OFFSET, ASSIST_RETURN_RAX_OFFSET, ASSIST_VINA_OFFSET
 
 _PAIR = struct.Struct("<QQ")
+_VINA_ASSERTED = 1
 
 
 class AssistPage(MsrPage):
@@ -25,3 +26,14 @@ class AssistPage(MsrPage):
             return 0, 0
         rax, rcx = _PAIR.unpack(raw)
         return rax, rcx
+
+    def assert_vina(self) -> bool:
+        """Sets VinaStatus; False where it is set already, or there is no page."""
+        raw = self.read(ASSIST_VINA_OFFSET, 1)
+        if raw is None or raw[0] & _VINA_ASSERTED:
+            return False
+        return self.write(ASSIST_VINA_OFFSET, bytes([raw[0] | _VINA_ASSERTED]))
+
+    def reset_vina(self) -> None:
+        """Clears it."""
+        self.write(ASSIST_VINA_OFFSET, b"\0")

@@ -107,10 +107,10 @@ TABLE: dict[int, Row] = {
     HvMsr.GUEST_IDLE: Row(_idle, None, "a read waits for an interrupt, whether RFLAGS.IF lets it in or not"),
 }
 
-# A read changes nothing: what a listing of the processor's state may contain.
-PLAIN = frozenset(
-    int(index) for index, row in TABLE.items() if row.read and row.write and index not in (HvMsr.EOM, HvMsr.ICR)
-)
+# Reads that change something, or never give the same twice.
+_NO_STATE = frozenset({HvMsr.EOM, HvMsr.ICR, HvMsr.GUEST_IDLE, HvMsr.VP_RUNTIME, HvMsr.TIME_REF_COUNT})
+# What a listing of the processor's state contains, read-only ones too.
+PLAIN = frozenset(int(index) for index, row in TABLE.items() if row.read and index not in _NO_STATE)
 
 
 def read(vp: VirtualProcessor, index: int) -> int:

@@ -42,6 +42,7 @@ class Synic:
         self.messages = MessagePage(memory)
         self.events = EventFlagsPage(memory)
         self.delivered: list[int] = []
+        self._notice: int | None = None
         self._signals: deque[tuple[int, int]] = deque()
         self._raised: deque[int] = deque()
         self.reset()
@@ -57,6 +58,7 @@ class Synic:
             self._signals.clear()
             self._raised.clear()
             self.due = False
+            self._notice = None
             self._apic.auto_eoi = 0
 
     # ------------------------------------------------------------------------------------------------- MSRs
@@ -70,10 +72,19 @@ class Synic:
         if value & 0xFF < FIRST_VECTOR and not value & _MASKED:
             raise GeneralProtection(f"SINT{sint}: vector {value & 0xFF}")
         self.sints[sint] = value
-        self._apic.auto_eoi = sum(
-            {1 << (value & 0xFF) for value in self.sints if value & _AUTO_EOI and not value & _MASKED}
-        )
+        self._choose_auto_eoi()
         self.rescan()
+
+    def end_by_itself(self, vector: int | None) -> None:
+        """The vector of VINA with auto-EOI, or none."""
+        self._notice = vector
+        self._choose_auto_eoi()
+
+    def _choose_auto_eoi(self) -> None:
+        vectors = {value & 0xFF for value in self.sints if value & _AUTO_EOI and not value & _MASKED}
+        if self._notice is not None:
+            vectors.add(self._notice)
+        self._apic.auto_eoi = sum(1 << vector for vector in vectors)
 
     def set_message_page(self, value: int) -> None:
         self.messages.set(value)

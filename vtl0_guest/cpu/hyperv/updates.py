@@ -42,6 +42,15 @@ def _check_vector(update: Update) -> None:
     _require(FIRST_VECTOR <= vector <= 0xFF, "apic_interrupt.vector", f"{vector} is not between 16 and 255")
 
 
+def _check_notice(update: Update) -> None:
+    notice = update.interrupt_notice
+    _require(
+        notice.reset or FIRST_VECTOR <= notice.vector <= 0xFF,
+        "interrupt_notice.vector",
+        f"{notice.vector} is not between 16 and 255",
+    )
+
+
 def _post(vp: VirtualProcessor, update: Update) -> None:
     message = update.synic_message
     vp.synic.post(message.sint, message.type, message.origin, message.payload, drop_if_busy=message.drop_if_busy)
@@ -52,6 +61,7 @@ CHECKS: dict[str, Callable[[Update], None]] = {
     "synic_event": _check_event,
     "synic_interrupt": _check_interrupt,
     "apic_interrupt": _check_vector,
+    "interrupt_notice": _check_notice,
 }
 """Each raises BadArgument, before anything is applied."""
 
@@ -59,5 +69,6 @@ APPLY: dict[str, Callable[[VirtualProcessor, Update], None]] = {
     "synic_message": _post,
     "synic_event": lambda vp, update: vp.synic.signal(update.synic_event.sint, update.synic_event.flag),
     "synic_interrupt": lambda vp, update: vp.synic.raise_sint(update.synic_interrupt.sint),
+    "interrupt_notice": lambda vp, update: vp.notice(update.interrupt_notice),
     "apic_interrupt": lambda vp, update: vp.interrupt(update.apic_interrupt.vector),
 }

@@ -14,6 +14,7 @@ from vtl0_guest.cpu.hyperv.reference_time import HZ, ReferenceTime, ReferenceTsc
 from vtl0_guest.cpu.hyperv.synic import Synic
 from vtl0_guest.cpu.hyperv.synthetic_timer import SyntheticTimer
 from vtlab.hyperv.synic import TIMER_COUNT
+from vtlab.v1.vcpu_pb2 import InterruptNotice
 
 
 class Partition:
@@ -92,6 +93,16 @@ class VirtualProcessor:
         """A fixed interrupt from another level or processor, by hypercall."""
         with self.guard:
             self._raise_vector(vector)
+
+    def notice(self, notice: InterruptNotice) -> None:
+        """VINA: an interrupt waits for the level below, which this one hears of once."""
+        if notice.reset:
+            self.assist.reset_vina()
+            return
+        with self.guard:
+            self.synic.end_by_itself(notice.vector if notice.auto_eoi else None)
+            if self.assist.assert_vina():
+                self._raise_vector(notice.vector)
 
     @property
     def attend(self) -> Callable[[], None]:

@@ -33,9 +33,9 @@ LINK = [
 ]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], folder: Path = SOURCE) -> None:
     # A fixed clock, locale and folder: nothing of the place of building reaches the bytes.
-    subprocess.run(command, cwd=SOURCE, check=True, env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"})
+    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"})
 
 
 def toolchain() -> str:
@@ -56,12 +56,15 @@ def check(image: Path) -> None:
         raise ValueError(f"{image.name}: segments at {len(shifts)} different distances from their place in the file")
 
 
-def build_kernel(output: Path, objects: Path) -> None:
-    sources = sorted([*SOURCE.glob("*.c"), *SOURCE.glob("*.S")])
+def build_kernel(output: Path, objects: Path, folder: Path = SOURCE) -> None:
+    """All C and assembly of `folder`, linked by the script there."""
+    sources = sorted([*folder.glob("*.c"), *folder.glob("*.S")])
     for source in sources:
         options = ASSEMBLE if source.suffix == ".S" else COMPILE
-        run([*options, "-c", source.name, "-o", str(objects / f"{source.stem}.o")])
-    run([*LINK, "-T", "selfguard.ld", "-o", str(output), *(str(objects / f"{source.stem}.o") for source in sources)])
+        run([*options, "-c", source.name, "-o", str(objects / f"{source.stem}.o")], folder)
+    script = next(folder.glob("*.ld")).name
+    linked = [str(objects / f"{source.stem}.o") for source in sources]
+    run([*LINK, "-T", script, "-o", str(output), *linked], folder)
     check(output)
     output.chmod(0o644)
 
