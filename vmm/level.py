@@ -48,8 +48,10 @@ class Level(Protocol):
     def state(self, vp_index: int) -> ProcessorState:
         """Reads a vCPU that is not running."""
 
-    def listen(self, interrupted: Callable[[int], None]) -> None:
-        """Has `interrupted` called with a VP index when an interrupt waits for a vCPU that is not entered.
+    def listen(self, interrupted: Callable[[int, int], None]) -> None:
+        """Has `interrupted` called when an interrupt waits for a vCPU that is not entered.
+
+        Its arguments are the VP index and the number of the enter after whose exit the interrupt waits.
 
         Calls come from another thread; a few may come late or for nothing.
         """

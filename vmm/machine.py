@@ -405,7 +405,8 @@ class Machine:
             if response is not None and response.HasField("reference"):
                 reference = response.reference
         if self._guest_code and self._monitor is not None:
-            self._monitor.listen(self._board.gate.interrupt)
+            gate = self._board.gate
+            self._monitor.listen(lambda vp_index, _after: gate.interrupt(vp_index))
 
     def _detach(self) -> None:
         """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""

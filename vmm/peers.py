@@ -171,7 +171,7 @@ class RemoteLevel:
             )
         return exit_
 
-    def listen(self, interrupted: Callable[[int], None]) -> None:
+    def listen(self, interrupted: Callable[[int, int], None]) -> None:
         """See Level.listen; ends when the level is detached or closed."""
         self._stop_listening()
         call = self._stub.Events(vcpu_pb2.EventsRequest())
@@ -181,7 +181,7 @@ class RemoteLevel:
             try:
                 for response in call:
                     if response.HasField("interrupt_pending"):
-                        interrupted(response.vp_index)
+                        interrupted(response.vp_index, response.interrupt_pending.after)
             except grpc.RpcError:
                 return  # the level is gone, or the machine is: the vCPU's own stream says so
 

@@ -112,8 +112,6 @@ class Processor:
         ready, self._ready = self._ready, None
         if ready is not None:
             self._gate.wait(self.index, ready)
-        if vtl == VTL0:
-            self.vtl.lower_waits = False
         kick_first = self._gate.enter(self.index, enter.sequence, vtl)
         self._prepare(self._entered, vtl, enter, kick_first)
 

@@ -14,24 +14,28 @@ from vtlab.v1.vcpu_pb2 import InterruptNotice, Update
 VECTOR, ENABLE, AUTO_RESET, AUTO_EOI = 0xFF, 1 << 8, 1 << 9, 1 << 10
 
 
-def notice(board: Board, vp_index: int) -> None:
-    """An interrupt waits for VTL0 of a vCPU; if VTL1 is only about to run there, entered() tells it. Thread-safe."""
+def notice(board: Board, vp_index: int, after: int = 0) -> None:
+    """An interrupt waits for VTL0 of a vCPU; if VTL1 is only about to run there, entered() tells it. Thread-safe.
+
+    Args:
+        after: number of the enter of VTL0 after whose exit it waits; 0 is the last one.
+    """
     processor = board.processors[vp_index]
-    processor.vtl.lower_waits = True  # before the look at who is active: entered() does it the other way round
+    # Before the look at who is active: entered() does it the other way round.
+    processor.vtl.lower_waits = after or processor.resumed
     if processor.vtl.active == VTL1 and _tell(processor):
         board.gate.kick(vp_index)
 
 
 def entered(processor: Processor) -> None:
     """VTL1 is about to run."""
-    if processor.vtl.lower_waits:
-        _tell(processor)
+    _tell(processor)
 
 
 def _tell(processor: Processor) -> bool:
-    """Whether VTL1 wants to hear of it."""
+    """Whether VTL1 is told: it wants to hear, and VTL0 has not run since."""
     value = processor.vtl.vina
-    if not value & ENABLE:
+    if not value & ENABLE or processor.vtl.lower_waits != processor.resumed:
         return False
     told = InterruptNotice(vector=value & VECTOR, auto_eoi=bool(value & AUTO_EOI))
     processor.post_once(Update(interrupt_notice=told), vtl=VTL1)
@@ -46,4 +50,4 @@ def left(processor: Processor) -> None:
 
 def listen(board: Board) -> None:
     """From now on VTL0's core says what waits there while it does not run, whoever raised it."""
-    board.guest.listen(lambda vp_index: notice(board, vp_index))
+    board.guest.listen(lambda vp_index, after: notice(board, vp_index, after))

@@ -24,7 +24,7 @@ class VpVtl:
         assist_page: VP_ASSIST_PAGE MSR of each level.
         secure_config: VsmVpSecureConfigVtl0.
         vina: VsmVina of VTL1.
-        lower_waits: an interrupt for VTL0 came while it did not run, and it has not run since.
+        lower_waits: number of the enter of VTL0 after whose exit an interrupt for it waited, if one did.
         cr_intercepts: CrInterceptControl and its masks (CR0, CR4, MISC_ENABLE) by HV_REGISTER_NAME.
         ports: I/O ports that VTL1 intercepts.
         started: HvCallStartVirtualProcessor started it.
@@ -36,7 +36,7 @@ class VpVtl:
     assist_page: list[int] = field(default_factory=lambda: [0, 0])
     secure_config: int = 0
     vina: int = 0
-    lower_waits: bool = False
+    lower_waits: int = -1
     cr_intercepts: dict[int, int] = field(default_factory=dict)
     ports: set[int] = field(default_factory=set)
     started: bool = False

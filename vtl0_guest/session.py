@@ -103,10 +103,10 @@ class Guest:
         """Begins a stream of a vCPU: see Vcpu.stream. Raises NotFound, WrongState."""
         execute = self._vcpu(vp_index).stream()
 
-        def answer(enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        def answer(enter: vcpu_pb2.Enter) -> bytes:
             exit_ = execute(enter)
-            if self._wakes.heard and exit_.HasField("hypercall"):
-                self._woken(vp_index)  # what came while it ran, and was not taken before it may be a VTL call
+            if self._wakes.heard:
+                self._woken(vp_index)  # what came while it ran, and was not taken before it left
             return exit_
 
         return answer
@@ -150,7 +150,7 @@ class Guest:
             return
         vector = attached.level.pending_vector(vp_index)
         if vector is not None:
-            self._wakes.report(vp_index, vector)
+            self._wakes.report(vp_index, vector, attached.vcpus[vp_index].exited)
 
 
 def _check(request: vcpu_pb2.AttachRequest) -> None:

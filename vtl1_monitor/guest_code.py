@@ -125,4 +125,4 @@ class GuestCode:
             return
         vector = self._platform.pending_vector(vp_index)
         if vector is not None:
-            self._wakes.report(vp_index, vector)
+            self._wakes.report(vp_index, vector, self._vcpus[vp_index].exited)

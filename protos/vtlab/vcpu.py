@@ -56,6 +56,11 @@ class Vcpu:
         """An enter is being executed."""
         return self._running != 0
 
+    @property
+    def exited(self) -> int:
+        """Number of the last enter that ended."""
+        return self._exited
+
     def stream(self) -> Execute:
         """Begins a stream: what answers each of its enters. A stream that begins later takes over, and this one ends.
 
@@ -137,9 +142,9 @@ class Wakes:
         """Somebody listens."""
         return bool(self._listeners)
 
-    def report(self, vp_index: int, vector: int) -> None:
-        """From any thread."""
-        pending = vcpu_pb2.InterruptPending(vector=vector)
+    def report(self, vp_index: int, vector: int, after: int) -> None:
+        """From any thread. `after`: number of the enter whose exit is open."""
+        pending = vcpu_pb2.InterruptPending(vector=vector, after=after)
         for queue in list(self._listeners):
             queue.put(vcpu_pb2.EventsResponse(vp_index=vp_index, interrupt_pending=pending))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtlab.client import Lab
-from vtlab.errors import TimedOut
+from vtlab.errors import TimedOut, WrongState
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE, PERSONALITY_UNSPECIFIED
 from vtlab_conformance.image import image
@@ -65,4 +65,6 @@ def run_scenario(lab: Lab, profile: str, scenario: Scenario, rows: Sequence[Row]
             ending = end.reason
         except TimedOut:
             ending = f"it did not end in {TIMEOUT:g} s"
+        except WrongState as error:
+            ending = str(error)
         return judge(profile, scenario.name, chosen, machine.serial(0), ending)

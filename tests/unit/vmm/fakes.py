@@ -101,7 +101,7 @@ class FakeLevel:
                 if isinstance(getattr(self.processor_state.registers, name, None), int):
                     setattr(self.processor_state.registers, name, update.register.value)
 
-    def listen(self, interrupted: Callable[[int], None]) -> None:
+    def listen(self, interrupted: Callable[[int, int], None]) -> None:
         self.interrupted = interrupted
 
     def hang_up(self) -> None:

@@ -55,7 +55,10 @@ def call(
     result = HYPERCALLS.serve(board, board.processors[0], vtl, Exit(hypercall=Hypercall()), request)
     assert result is not None, "the caller was told to make the call again"
     assert result & ~(0xFFFF | 0xFFF << 32) == 0
-    return S(result & 0xFFFF), result >> 32
+    status = S(result & 0xFFFF)
+    declared = HYPERCALLS.statuses(board.profile.name)
+    assert status == S.INVALID_HYPERCALL_CODE or (value & 0xFFFF, status) in declared
+    return status, result >> 32
 
 
 def simple(code: HypercallCode) -> int:
