@@ -118,6 +118,8 @@ class Machine:
         self.source = monitor_pb2.POLICY_SOURCE_NONE
         self.guest_policy_sha256 = b""
         self.taken = False
+        # Of a signed policy; the guest's own has none.
+        self.policy_version = 0
         self.end_of_boot = False
         self.broken = ""
         self.rules = Rules()
@@ -351,6 +353,7 @@ class Machine:
             locked=self.locked,
             rules=render(self.rules) if self.ready else (),
             measurements=self.measurements,
+            version=self.policy_version,
         )
         if self.broken:
             status.rules.append(f"everything: halt ({self.broken})")

@@ -48,6 +48,9 @@ class Service(IntEnum):
     KEXEC_EXECUTE; what was sealed for the same purpose before is ordinary memory again. pa 0: only that."""
     KEXEC_EXECUTE = 0x1FF06
     """(crash): VTL1 starts the image that it sealed, and stands down. Comes back only where it refuses."""
+    UPGRADE = 0x1FF07
+    """(pa, size): a signed policy, newer than the one in force, takes its place: UPGRADE_HEADER, the text, a signature as
+    of a module file over both."""
     PATCH_TEXT = 0x1FFEB
     """(pa of a HEKI_PATCH, pa of the page its rest is in or 0): writes one listed patch into sealed text."""
 
@@ -84,6 +87,11 @@ AUTHENTICATE_REQUEST = Struct("<32s64s")
 """Name of the action padded with NULs; Ed25519 signature by the action's key of
 AUTHENTICATE_CONTEXT + nonce (32 bytes) + the padded name. 96 bytes."""
 AUTHENTICATE_CONTEXT = b"vtlab authenticate v1\0"
+
+
+UPGRADE_MAGIC = b"vtlab policy 1\0\0"
+UPGRADE_HEADER = Struct("<16sI4x")
+"""UPGRADE_MAGIC; version, above that of the policy in force (the guest's first one has 0)."""
 
 
 class PageTableOperation(IntEnum):

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from vtlab.client.kexec import KernelSigner, kernel_image
+from vtlab.client.kexec import KernelSigner, kernel_image, policy_upgrade
 from vtlab.client.symbols import Symbols
 
 KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
@@ -58,3 +58,10 @@ def images(line: str) -> tuple[tuple[bytes, str], ...]:
         (signer.sign(kernel_image(marked(kernel()), VERSION - 1, line)), OLD),
         (kernel_image(marked(kernel()), VERSION, line), UNSIGNED),
     )
+
+
+def policy(version: int, change: tuple[str, str] = ("", ""), *, signed: bool = True) -> bytes:
+    """The kernel's own policy with one thing in it changed, as UPGRADE takes it."""
+    text = kernel_symbols().sections[".vtlab.policy"].data.rstrip(b"\0").decode()
+    data = policy_upgrade(text.replace(*change) if change[0] else text, version)
+    return _signer().sign(data) if signed else data

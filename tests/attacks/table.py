@@ -15,6 +15,7 @@ from vtlab_attacks import (
     sleep,
     smm,
     startups,
+    upgrades,
 )
 from vtlab_attacks.evidence import Attack, Control, Transition
 
@@ -32,6 +33,7 @@ TRANSITIONS: list[Transition] = [
     *smm.TRANSITIONS,
     *sleep.TRANSITIONS,
     *kexec.TRANSITIONS,
+    *upgrades.TRANSITIONS,
 ]
 TRANSITION_ATTACKS: list[Attack] = [
     *resets.TRANSITION_ATTACKS,
@@ -40,4 +42,5 @@ TRANSITION_ATTACKS: list[Attack] = [
     *kexec.TRANSITION_ATTACKS,
     *requests.TRANSITION_ATTACKS,
     *startups.TRANSITION_ATTACKS,
+    *upgrades.TRANSITION_ATTACKS,
 ]

@@ -7,7 +7,7 @@ from enum import IntFlag
 
 from vtl1_monitor.policy.bits import BITS
 from vtl1_monitor.policy.rules import MemoryRule, Rules, ValueRule
-from vtl1_monitor.policy.schema import Phase, SleepMode, SmmMode, Verified, Violation
+from vtl1_monitor.policy.schema import Phase, SleepMode, SmmMode, Upgrade, Verified, Violation
 from vtl1_monitor.rights import access_text
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import Service
@@ -112,6 +112,8 @@ def _lifecycle_lines(rules: Rules) -> Iterator[str]:
     for name, verified in (("kexec", rules.lifecycle.kexec), ("kdump", rules.lifecycle.kdump)):
         if verified is Verified.REFUSE:
             yield f"{name}: refused"
+    if rules.lifecycle.upgrade is Upgrade.SIGNED:
+        yield "policy: replaced by a newer one that is signed"
     if rules.lifecycle.minimum_kernel_version:
         yield f"kexec and kdump: no kernel below version {rules.lifecycle.minimum_kernel_version}"
     yield f"s3: {_SLEEP[rules.lifecycle.s3]}"

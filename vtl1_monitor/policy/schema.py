@@ -294,6 +294,13 @@ class Verified(Enum):
 VerifiedName = Annotated[Verified, _by_value(Verified)]
 
 
+class Upgrade(Enum):
+    """Whether a newer policy may replace the one in force."""
+
+    SIGNED = "signed"
+    REFUSE = "refuse"
+
+
 class Lifecycle(Model):
     """What the machine may become, and what of the rules its own life may undo meanwhile (docs/lifecycle.md)."""
 
@@ -301,6 +308,7 @@ class Lifecycle(Model):
     rsm_violation: Annotated[StateViolation, _by_value(StateViolation)] = StateViolation.RESET
     kexec: VerifiedName = Verified.VERIFY
     kdump: VerifiedName = Verified.VERIFY
+    upgrade: Annotated[Upgrade, _by_value(Upgrade)] = Upgrade.REFUSE
     minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     s3: Annotated[SleepMode, _by_value(SleepMode)] = SleepMode.RESTORE
 

@@ -14,6 +14,7 @@ from vtl1_monitor.services.modules import free_module_init, unload_module, valid
 from vtl1_monitor.services.patch_text import patch_text
 from vtl1_monitor.services.protect_memory import protect_memory
 from vtl1_monitor.services.take_policy import take_policy
+from vtl1_monitor.services.upgrade import upgrade
 from vtl1_monitor.services.write_page_table import write_page_table
 from vtl1_monitor.steps import Steps
 from vtlab.services import BOOT_ONLY, Service
@@ -40,6 +41,7 @@ HANDLERS: dict[Service, Handler] = {
     Service.UNLOAD_MODULE: unload_module,
     Service.KEXEC_VALIDATE: validate,
     Service.KEXEC_EXECUTE: execute,
+    Service.UPGRADE: immediate(upgrade),
     Service.PATCH_TEXT: immediate(patch_text),
 }
 

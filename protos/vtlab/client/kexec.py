@@ -1,4 +1,4 @@
-"""Kernel images for kexec and kdump, as VTL1 takes them (vtlab.services, KexecType), and who signs them.
+"""Kernel images for kexec and kdump and newer policies, as VTL1 takes them (vtlab.services), and who signs them.
 
 The key lives as long as the object: whoever builds a kernel puts the certificate into it and signs what may follow it.
 """
@@ -23,6 +23,8 @@ from vtlab.services import (
     MODULE_SIGNATURE,
     MODULE_SIGNATURE_MAGIC,
     PKEY_ID_PKCS7,
+    UPGRADE_HEADER,
+    UPGRADE_MAGIC,
     KexecEntry,
 )
 
@@ -39,6 +41,11 @@ def kernel_image(kernel: bytes, version: int, command_line: str) -> bytes:
     line = command_line.encode() + b"\0"
     header = KEXEC_HEADER.pack(KEXEC_MAGIC, version, KexecEntry.MULTIBOOT, len(line))
     return header + line.ljust(-(-len(line) // 8) * 8, b"\0") + kernel
+
+
+def policy_upgrade(text: str, version: int) -> bytes:
+    """A policy for UPGRADE, without a signature."""
+    return UPGRADE_HEADER.pack(UPGRADE_MAGIC, version) + text.encode()
 
 
 class KernelSigner:

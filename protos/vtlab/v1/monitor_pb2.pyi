@@ -56,10 +56,13 @@ class PolicyStatus(_message.Message):
     LOCKED_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     MEASUREMENTS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     sha256: _builtins.bytes
     source: Global___PolicySource.ValueType
     locked: _builtins.bool
+    version: _builtins.int
+    """Of a signed policy that VTL0 handed over later (UPGRADE); 0 for the first."""
     @_builtins.property
     def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Rules in force, for people: one line each."""
@@ -75,10 +78,11 @@ class PolicyStatus(_message.Message):
         locked: _builtins.bool = ...,
         rules: _abc.Iterable[_builtins.str] | None = ...,
         measurements: _abc.Iterable[Global___Measurement] | None = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["locked", b"locked", "measurements", b"measurements", "rules", b"rules", "sha256", b"sha256", "source", b"source", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["locked", b"locked", "measurements", b"measurements", "rules", b"rules", "sha256", b"sha256", "source", b"source", "text", b"text", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
