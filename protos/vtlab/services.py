@@ -49,8 +49,8 @@ class Service(IntEnum):
     KEXEC_EXECUTE = 0x1FF06
     """(crash): VTL1 starts the image that it sealed, and stands down. Comes back only where it refuses."""
     UPGRADE = 0x1FF07
-    """(pa, size): a signed policy, newer than the one in force, takes its place: UPGRADE_HEADER, the text, a signature as
-    of a module file over both."""
+    """(pa, size): a signed policy, newer than the one in force, takes its place: UPGRADE_HEADER, the text, a signature
+    as of a module file over both."""
     PATCH_TEXT = 0x1FFEB
     """(pa of a HEKI_PATCH, pa of the page its rest is in or 0): writes one listed patch into sealed text."""
 

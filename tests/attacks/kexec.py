@@ -14,6 +14,7 @@ from vtlab.client.machine import Machine
 from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
 from vtlab.services import HEKI_PAGE, HEKI_PATCH, HEKI_RANGE, KEXEC_MAGIC, KexecType, Service
+from vtlab.v1 import vmm_pb2
 from vtlab.x86.registers import Cr4
 from vtlab_attacks.controls import LISTED_JUMP
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, observe
@@ -28,6 +29,8 @@ GAP = "litebox: no method executes a validated kexec image, so something has to 
 NO_DEPUTY = "VTL1 is not enabled, so there is no deputy"
 MARK = b"the kernel before"
 STOPPED = "selfguard: stopped"
+# So many RESETs without a start between them are one that never ends.
+ENDLESS = 3
 # Modules lie in the order in which they are given.
 PLACES = {NEXT: 0, OLD: 1, UNSIGNED: 2}
 
@@ -41,10 +44,18 @@ def make_way(attempts: Attempts, machine: Machine, command: str) -> str | None:
     """A command that is refused, or after which another kernel starts: then what that one's log says."""
     answers = machine.serial_reader(COMMAND_PORT, from_now=True)
     log = machine.serial_reader(0, from_now=True)
+    generation = machine.info().generation
     say(machine, command)
-    came, said = read_first([(answers, "\n"), (log, READY), (log, STOPPED)], BOOT_TIMEOUT)
+    came, said = read_first(
+        [(answers, "\n"), (log, READY), (log, STOPPED)],
+        BOOT_TIMEOUT,
+        lambda seen: seen.generation > generation + ENDLESS,
+    )
     if came == 0:
         attempts.step(parse, said.rstrip())
+    after = machine.wait_state(vmm_pb2.MACHINE_STATE_RUNNING)
+    if after.generation != generation and not after.reason.startswith(("kexec", "kdump")):
+        attempts.note(f"RESET: {after.reason}")
     return said if came == 1 else None
 
 

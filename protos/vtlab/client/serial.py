@@ -167,8 +167,15 @@ class SerialReader:
         return self.read_until("\n", timeout).rstrip("\r\n")
 
 
-def read_first(readers: Sequence[tuple[SerialReader, Pattern]], timeout: float = 10.0) -> tuple[int, str]:
+def read_first(
+    readers: Sequence[tuple[SerialReader, Pattern]],
+    timeout: float = 10.0,
+    give_up: Callable[[vmm_pb2.Machine], bool] = lambda _machine: False,
+) -> tuple[int, str]:
     """Waits for any of several, all of one machine: the index of the one that came, and what it said up to its end.
+
+    Args:
+        give_up: of the machine as its last event told it; where it is true first, the answer is -1 and "".
 
     Raises:
         TimedOut, WrongState: see SerialReader.read_until; nothing is consumed.
@@ -182,9 +189,12 @@ def read_first(readers: Sequence[tuple[SerialReader, Pattern]], timeout: float =
             if expressions[index].search(reader.peek()):
                 came = index
                 return True
-        return False
+        came = -1
+        return give_up(readers[0][0].observed.machine)
 
     what = " or ".join(repr(expression.pattern) for expression in expressions)
     readers[0][0].observed.wait(f"serial output {what}", found, timeout)
+    if came < 0:
+        return came, ""
     reader, pattern = readers[came]
     return came, reader.read_until(pattern, timeout)

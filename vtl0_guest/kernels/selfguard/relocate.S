@@ -9,6 +9,7 @@
     .balign 16
 relocate_start:
     cli
+    lidt no_handlers(%rip) /* from here on a fault is a RESET */
     mov %rdi, %r8
     mov %esi, %ebp
     mov $(RELOCATE_CODE + PAGE), %esp
@@ -50,6 +51,9 @@ protected:
     mov $RELOCATE_INFO, %ebx
     jmp *%ebp
 
+no_handlers:
+    .word 0
+    .quad 0
     .balign 8
 descriptors:
     .quad 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF
