@@ -16,7 +16,7 @@ import yaml
 from vtlab.errors import BadArgument
 from vtlab_attacks.campaign import DESIGN
 from vtlab_attacks.guest import kernel_symbols
-from vtlab_matrix.cells import BOOT, EVERY_ATTACK, Cell
+from vtlab_matrix.cells import BOOT, EVERY_ATTACK, Cell, Verdict
 from vtlab_matrix.laboratory import Task
 from vtlab_matrix.matrix import Runner
 from vtlab_matrix.outcome import Outcome
@@ -80,12 +80,19 @@ def _without(whole: dict[str, Any], path: Sequence[str | int]) -> str:
 
 
 def run_mutations(
-    runner: Runner, patterns: Sequence[str], on_outcome: Callable[[Outcome], None], policy: str = ""
+    runner: Runner,
+    patterns: Sequence[str],
+    on_outcome: Callable[[Outcome], None],
+    attacks: Sequence[str] = ("*",),
+    policy: str = "",
 ) -> dict[str, list[Outcome]]:
     """Which cells turn red without which rule, by the rule's name.
 
+    Attacks that met the rule are tried first; all others only if none of those turns red.
+
     Args:
         patterns: names of rules, as of fnmatch.
+        attacks: patterns of those to try.
         policy: in place of the guest's own.
 
     Raises:
@@ -98,20 +105,34 @@ def run_mutations(
             raise BadArgument(f"--mutate {pattern}", f"matches none of {', '.join(every)}")
     chosen = {name: one for name, one in every.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     cells = [Cell(design=DESIGN, kind="transition", name=BOOT)]
-    cells += [Cell(design=DESIGN, kind="attack", name=name) for name in EVERY_ATTACK]
+    cells += [
+        Cell(design=DESIGN, kind="attack", name=name)
+        for name in EVERY_ATTACK
+        if any(fnmatchcase(name, pattern) for pattern in attacks)
+    ]
     names = {one: name for name, one in chosen.items()}
     red: dict[str, list[Outcome]] = {name: [] for name in chosen}
-    usual = {one.cell for one in runner.run([Task(cell, text) for cell in cells]) if one.verdict.red}
+    usual: dict[Cell, Outcome] = {}
+    for outcome in runner.run([Task(cell, text) for cell in cells]):
+        on_outcome(outcome)
+        usual[outcome.cell] = outcome
+    cells = [cell for cell in cells if not usual[cell].verdict.red]
     for mutated, name in names.items():
-        for outcome in runner.run([Task(cell, mutated) for cell in cells]):
-            on_outcome(outcome)
-            if outcome.verdict.red and outcome.cell not in usual and not outcome.evidence.error:
-                red[name].append(outcome)
+        met = [cell for cell in cells if cell.kind == "transition" or _met(name, usual[cell])]
+        for some in (met, [cell for cell in cells if cell not in met]):
+            for outcome in [] if red[name] else list(runner.run([Task(cell, mutated) for cell in some])):
+                on_outcome(outcome)
+                if outcome.verdict.red and not _no_policy(outcome):
+                    red[name].append(outcome)
     return red
 
 
-def count(patterns: Sequence[str], policy: str = "") -> int:
-    """How many cells that is, for a progress bar."""
-    every = mutations(policy or shipped_policy())
-    chosen = [name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return len(chosen) * (len(EVERY_ATTACK) + 1)
+def _met(name: str, usual: Outcome) -> bool:
+    """Whether the attack met that rule, by what VTL1 said when it refused. Those that did are tried first."""
+    rule = name.rpartition(": ")[2].partition(" must_be")[0].partition(".")[0]
+    return any(refused.startswith(f"{rule}: ") for refused in usual.rules)
+
+
+def _no_policy(outcome: Outcome) -> bool:
+    """What is left is no policy that the guest can start with: that says nothing of the rule."""
+    return outcome.verdict is Verdict.GUEST_BROKEN and bool(outcome.evidence.error)

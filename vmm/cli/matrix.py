@@ -110,7 +110,7 @@ def _runner(scheduler: str, jobs: int, seed: int) -> Iterator[Runner]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, done: int, as_json: bool) -> Iterator[Callable[[Outcome], None]]:
+def _progress(total: int | None, done: int, as_json: bool) -> Iterator[Callable[[Outcome], None]]:
     """A bar on a terminal, on stderr; elsewhere nothing."""
     if done:
         sys.stderr.write(f"going on with an interrupted run: {done} cells are done (--fresh starts anew)\n")
@@ -142,9 +142,9 @@ def _progress(total: int, done: int, as_json: bool) -> Iterator[Callable[[Outcom
 def _mutate(patterns: list[str], jobs: int, scheduler: str, seed: int, as_json: bool) -> int:
     """0 if each rule is needed by some cell."""
     from vmm.cli.output import print_table
-    from vtlab_matrix.mutations import count, run_mutations
+    from vtlab_matrix.mutations import run_mutations
 
-    with _runner(scheduler, jobs, seed) as runner, _progress(count(patterns), 0, as_json) as advance:
+    with _runner(scheduler, jobs, seed) as runner, _progress(None, 0, as_json) as advance:
         red = run_mutations(runner, patterns, advance)
     told = {rule: [f"{one.cell.name} {one.verdict}" for one in outcomes] for rule, outcomes in red.items()}
     if as_json:
