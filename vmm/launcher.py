@@ -93,7 +93,7 @@ def launch(
     directory: Path | str | None = None,
     vmm_listen: str = "",
     monitor_listen: str = "",
-    timeout: float = 20.0,
+    timeout: float = 60.0,
 ) -> Iterator[LocalLab]:
     """Starts guest, monitor and VMM, and connects to them as operator.
 

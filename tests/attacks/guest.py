@@ -12,7 +12,7 @@ from vtlab.client.symbols import Symbols
 from vtlab_attacks.kernels import file, images, kernel, kernel_symbols
 
 RAM = 64 << 20
-BOOT_TIMEOUT = 30.0  # seconds
+BOOT_TIMEOUT = 60.0  # seconds
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def tiny_guest() -> Finding:
             )
             with machine:
                 machine.start()
-                value = machine.wait_state(vmm_pb2.MACHINE_STATE_STOPPED, timeout=10).debug_exit
+                value = machine.wait_state(vmm_pb2.MACHINE_STATE_STOPPED, timeout=30).debug_exit
                 took = time.monotonic() - begin
     except VtlabError as error:
         return Finding(

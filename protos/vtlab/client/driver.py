@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 READY = "selfguard: ready"
 COMMAND_PORT = 1  # COM2
 BATCH_BYTES = 2048  # typed ahead; the guest's own buffer holds 4096
-ANSWER_TIMEOUT = 20.0  # seconds
+ANSWER_TIMEOUT = 60.0  # seconds
 
 _FAULT = re.compile(r"fault vector=(\d+) error=(0x[0-9a-f]+) rip=(0x[0-9a-f]+) cr2=(0x[0-9a-f]+)")
 _ERROR = re.compile(r"error errno=(\d+)")

@@ -127,10 +127,10 @@ def test_what_is_no_message(server: BoundServer, trust: Path, role: Role, error:
         call: Any = channel.unary_unary("/vtlab.v1.VmmService/StartMachine", request_serializer=bytes)
         stream: Any = channel.stream_unary("/vtlab.v1.VmmService/UploadImage", request_serializer=bytes)
         with pytest.raises(error), translated("vmm"):
-            call(b"\xff\xff", timeout=5)
+            call(b"\xff\xff", timeout=30)
         if role is Role.GUEST:
             with pytest.raises(error), translated("vmm"):
-                stream(iter([b"\xff\xff"]), timeout=5)
+                stream(iter([b"\xff\xff"]), timeout=30)
 
 
 def test_another_laboratory_is_refused(server: BoundServer, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_no_certificate_no_entry(server: BoundServer, trust: Path) -> None:
     anonymous = grpc.secure_channel(server.addresses[1], grpc.ssl_channel_credentials(authority), options)
     for channel in (anonymous, grpc.insecure_channel(server.addresses[1])):
         with channel, pytest.raises(PeerUnavailable), translated("vmm"):
-            vmm_pb2_grpc.VmmServiceStub(channel).GetMachine(vmm_pb2.GetMachineRequest(), timeout=5)
+            vmm_pb2_grpc.VmmServiceStub(channel).GetMachine(vmm_pb2.GetMachineRequest(), timeout=30)
 
 
 def test_a_server_of_another_role_is_not_spoken_to(server: BoundServer, trust: Path) -> None:

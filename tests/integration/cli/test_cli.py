@@ -271,7 +271,7 @@ class Program:
         """Its exit code, after a signal if one is given, and what it said on stderr."""
         if number is not None:
             self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=20)
+        _, err = self.process.communicate(timeout=60)
         return self.process.returncode, err.decode()
 
 
