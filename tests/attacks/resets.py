@@ -15,6 +15,7 @@ from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, obser
 from vtlab_attacks.guest import BOOT_TIMEOUT, Guest
 from vtlab_attacks.state import PAGE, direct, register
 
+STARTED = "selfguard: at VTL0"
 GUARDED = "selfguard: guarded by VTL1"
 ENABLED = "selfguard: VTL1 enabled"
 # Where VTL1 stands when the reset of the race comes, by the kernel's log.
@@ -35,6 +36,7 @@ def again(
     """Does what resets the machine and waits for the kernel's next start; the guest then, and what its log says."""
     log = machine.serial_reader(0, from_now=True)
     act()
+    log.read_until(STARTED, BOOT_TIMEOUT)  # until then it is the kernel before that speaks, and may even get ready
     said = log.read_until(READY, BOOT_TIMEOUT)
     return Guest(machine, Driver(machine), symbols, protected, design), said
 
