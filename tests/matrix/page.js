@@ -99,6 +99,10 @@
     };
     legend.append(button);
   }
+  if (data.cells.some(cell => red(cell) && !cell.h)) {
+    const bare = make("span", [make("span", "✘", "mark succeeded bare"), "nothing explains it"], "bare-legend");
+    legend.append(bare);
+  }
   search.oninput = filter;
 
   // ------------------------------------------------------------------------------------------------------ one cell
@@ -179,14 +183,14 @@
     if (current) { current.tabIndex = -1; current.removeAttribute("aria-selected"); }
     current = mark;
     mark.tabIndex = 0;
-    mark.focus({ preventScroll: true });
-    mark.scrollIntoView({ block: "nearest", inline: "nearest" });
     if (open || !detail.hidden) {
       mark.setAttribute("aria-selected", "true");
       detail.hidden = false;
       fill(mark.cell);
       history.replaceState(null, "", `#${encodeURIComponent(key(mark.cell))}`);
     }
+    mark.focus({ preventScroll: true });
+    mark.scrollIntoView({ block: "center", inline: "center" });
   };
   const shut = () => {
     detail.hidden = true;

@@ -58,7 +58,7 @@ def _subtitle(report: Report) -> str:
     attacks = {one.cell.name for one in report.outcomes if one.cell.kind == "attack"}
     moves = {one.cell.after or BOOT for one in report.outcomes if one.cell.kind == "attack"}
     return (
-        f"{len(attacks)} attacks × {len(moves)} transitions × {len(report.designs)} designs: {len(report.outcomes)} "
+        f"{len(attacks)} attacks × {len(moves)} moments × {len(report.designs)} designs: {len(report.outcomes)} "
         f"cells, each on a fresh machine, in {report.seconds:.0f} s; seed {report.seed}"
     )
 

@@ -58,6 +58,7 @@ def lines(
     start = marks[0][0] if marks else 0
     pending = list(marks)
     told: list[Line] = []
+    unfinished = ""  # of an answer that arrives in pieces
     for event in events:
         when = event.time.ToNanoseconds()
         while pending and pending[0][0] <= when:
@@ -66,6 +67,9 @@ def lines(
         if when < start:
             continue
         text = _text(event, symbols)
+        if event.HasField("serial"):
+            *whole, unfinished = (unfinished + text).split("\n")
+            text = "; ".join(whole)
         if not text:
             continue
         line = Line(
@@ -115,7 +119,7 @@ def _without_loops(told: list[Line]) -> list[Line]:
 def _text(event: vmm_pb2.Event, symbols: Symbols) -> str:
     """Nothing for what has a place of its own: the kernel's log."""
     if event.HasField("serial"):
-        return event.serial.data.decode("utf-8", "replace").strip() if event.serial.port == COMMAND_PORT else ""
+        return event.serial.data.decode("latin-1").replace("\r", "") if event.serial.port == COMMAND_PORT else ""
     told = _RIP.sub(lambda found: f"at {symbols.describe(int(found[1], 16))}", detail(event))
     told = _HYPERCALL.sub(lambda found: f"hypercall {_name(HypercallCode, int(found[1], 16) & 0xFFFF)}", told)
     return _SERVICE.sub(lambda found: f"{found[1]} {_name(Service, int(found[2], 16))}", told)

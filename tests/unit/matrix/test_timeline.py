@@ -75,6 +75,11 @@ def test_of_serial_output_only_answers_are_told(port: int, told: list[str]) -> N
     assert [line.text for line in lines([said], [], kernel_symbols())] == told
 
 
+def test_an_answer_in_pieces_is_one_line() -> None:
+    pieces = [event(ms, serial=SerialOutput(port=1, data=data)) for ms, data in ((1, b"fault ve"), (2, b"ctor=13\nok"))]
+    assert [line.text for line in lines(pieces, [], kernel_symbols())] == ["fault vector=13"]
+
+
 def test_places_have_names() -> None:
     symbols = kernel_symbols()
     one = Exit(cpuid=Cpuid(leaf=1))
