@@ -44,7 +44,7 @@ def s3(guest: Guest) -> tuple[Guest, Evidence]:
     way = guest.driver.sleep(TO_RAM, 0)
     guest.driver.sleep(0, 1)  # interrupts come again
     after = held()
-    reached = way == int(guest.protected) and after == before and guest.driver.ticks() > ticks
+    reached = way == int(guest.machine.info().vtl1_enabled) and after == before and guest.driver.ticks() > ticks
     shown = [" ".join(map(hex, one)) for one in (before, after)]
     return guest, Evidence("generation, CR0, CR3, CR4, EFER", *shown, reached, False)
 
