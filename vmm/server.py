@@ -11,6 +11,7 @@ from vmm.peers import RemoteLevel
 from vmm.service import VmmService
 from vtlab.channels import ServerConfig, dial, serve
 from vtlab.errors import Unsupported
+from vtlab.trust.certificates import Credentials, load_credentials
 from vtlab.trust.roles import Role
 from vtlab.v1 import vmm_pb2_grpc
 
@@ -19,20 +20,24 @@ MONITOR_PATIENCE = 10.0
 
 
 class Levels:
-    """Channels to the guest and the monitor, dialled when a machine first needs them and kept."""
+    """Channels to the guest and the monitor, dialled when a machine first needs them and kept.
+
+    After a rotation of certificates a new machine gets new channels; those of before stay with who has them.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._channels: dict[Role, grpc.Channel] = {}
+        self._channels: dict[tuple[Role, Credentials], grpc.Channel] = {}
 
     def __call__(self, vtl: int) -> RemoteLevel:
         """Raises PeerUnavailable if nobody answers, Unsupported if no address was given."""
         role, address = ((Role.GUEST, self._config.guest), (Role.MONITOR, self._config.monitor))[vtl]
         if not address:
             raise Unsupported(f"VTL{vtl}", f"this VMM was given no address of a {role}")
-        if role not in self._channels:
-            self._channels[role] = dial(address, self._config.trust, Role.VMM, role)
-        return RemoteLevel(self._channels[role], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
+        key = role, load_credentials(self._config.trust, Role.VMM)
+        if key not in self._channels:
+            self._channels[key] = dial(address, self._config.trust, Role.VMM, role)
+        return RemoteLevel(self._channels[key], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
 
     def close(self) -> None:
         for channel in self._channels.values():

@@ -7,6 +7,8 @@ port 0 asks for any free one.
 from __future__ import annotations
 
 import ipaddress
+import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +23,14 @@ from grpc_reflection.v1alpha import reflection
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
 from vtlab.process import spare_collections, termination
 from vtlab.status import from_rpc_error
-from vtlab.trust.certificates import load_credentials, server_name
+from vtlab.trust.certificates import load_credentials, own_part, server_name
 from vtlab.trust.interceptor import Gate
+from vtlab.trust.revocation import Revocations
 from vtlab.trust.roles import Role
 
+_log = logging.getLogger(__name__)
+
+REVOCATION_PERIOD = 0.5  # seconds until a stream notices that its caller's certificate was taken back
 MAX_MESSAGE = 4 << 20  # bytes; the largest legal message is 1 MiB of memory or image with its envelope
 
 # `grpc.minimal_stack` would save a tenth of a round trip, but takes the limits on message sizes away, and each of our
@@ -82,10 +88,19 @@ class BoundServer:
         addresses: where, in the order of the configuration, with the ports that were chosen.
     """
 
-    def __init__(self, server: grpc.Server, health_servicer: health.HealthServicer, addresses: tuple[str, ...]) -> None:
+    def __init__(
+        self, server: grpc.Server, gate: Gate, health_servicer: health.HealthServicer, addresses: tuple[str, ...]
+    ) -> None:
         self._server = server
+        self._gate = gate
         self._health = health_servicer
+        self._stopped = threading.Event()
         self.addresses = addresses
+        threading.Thread(target=self._watch_revocations, name="revocations", daemon=True).start()
+
+    def _watch_revocations(self) -> None:
+        while not self._stopped.wait(REVOCATION_PERIOD):
+            self._gate.end_revoked()
 
     def wait(self, grace: float = 1.0) -> None:
         """Serves until SIGTERM or SIGINT, then drains. To be called in the main thread."""
@@ -94,6 +109,7 @@ class BoundServer:
 
     def stop(self, grace: float = 1.0) -> None:
         """Takes no new calls, gives those in progress `grace` seconds, and ends."""
+        self._stopped.set()
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
 
@@ -149,9 +165,10 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
     for address in config.listen:
         check_address(address, config.allow_any_address)
     role = Role(config.role)
+    gate = Gate(role, Revocations(own_part(config.trust, role)))
     server = grpc.server(
         ThreadPoolExecutor(config.workers, thread_name_prefix=role),
-        interceptors=[Gate(role)],
+        interceptors=[gate],
         options=_SERVER_OPTIONS,
         maximum_concurrent_rpcs=config.workers,
     )
@@ -161,18 +178,51 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*recorder.services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
-    own = load_credentials(config.trust, role)
-    credentials = grpc.ssl_server_credentials(
-        [(own.key, own.certificate)], root_certificates=own.authority, require_client_auth=True
+    addresses = tuple(
+        _bind(server, address, _Certificates(config.trust, role).credentials()) for address in config.listen
     )
-    addresses = tuple(_bind(server, address, credentials) for address in config.listen)
     server.start()
     for service in ("", *recorder.services):
         health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     spare_collections()
     if config.ready is not None:
         config.ready.send(addresses)
-    return BoundServer(server, health_servicer, addresses)
+    return BoundServer(server, gate, health_servicer, addresses)
+
+
+class _Certificates:
+    """What a server shows and believes at each handshake of one address: its files as they are then."""
+
+    def __init__(self, trust: Path, role: Role) -> None:
+        self._trust, self._role = trust, role
+        self._last = own_part(trust, role) / "ca.pem"  # written after the two others
+        self._seen = (0, 0)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Raises PeerUnavailable."""
+        news = cast("Callable[[], grpc.ServerCertificateConfiguration]", self._news)  # None is allowed, but not typed
+        return grpc.dynamic_ssl_server_credentials(self._configuration(), news, True)
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        seen = self._identity()
+        own = load_credentials(self._trust, self._role)
+        self._seen = seen
+        return grpc.ssl_server_certificate_configuration([(own.key, own.certificate)], own.authority)
+
+    def _news(self) -> grpc.ServerCertificateConfiguration | None:
+        """None as long as nothing changed, or where what is there cannot be read: what was shown is shown again."""
+        try:
+            return self._configuration() if self._identity() != self._seen else None
+        except (OSError, PeerUnavailable) as error:
+            _log.warning("certificates of the %s stay as they were: %s", self._role, error)
+            return None
+
+    def _identity(self) -> tuple[int, int]:
+        try:
+            status = self._last.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials) -> str:

@@ -4,9 +4,11 @@ Layout of a trust folder (0700, files 0600), so that each process or container c
 
     ca/ca.pem ca/ca.key             the authority; no server needs this folder
     ROLE/ca.pem ROLE/ROLE.pem ROLE/ROLE.key
+    monitor/quote.pem monitor/quote.key     what the monitor signs quotes with (vtlab.attestation)
+    ROLE/crl.pem                    what was taken back, once something was (vtlab.trust.revocation)
 
-Keys are ECDSA P-256. A certificate names its role as the URI vtlab://role/ROLE, and as the host name
-ROLE.vtlab.internal that a caller insists on, so that no role can pose as the server of another.
+ca.pem may hold more than one authority: the first one issues, all are believed (vtlab.trust.rotation). What the files
+contain is in vtlab.trust.issuing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,8 @@ from vtlab.errors import PeerUnavailable
 from vtlab.trust.roles import Role
 
 URI_PREFIX = "vtlab://role/"
-AUTHORITY_LIFE = datetime.timedelta(days=3650)
-ROLE_LIFE = datetime.timedelta(days=365)
+QUOTE_URI = "vtlab://quote/monitor"
 RENEW_BEFORE_END = datetime.timedelta(days=30)
-CLOCK_SKEW = datetime.timedelta(hours=1)
 
 
 def server_name(role: Role | str) -> str:
@@ -43,6 +43,11 @@ class Credentials:
     key: bytes
 
 
+def own_part(trust: Path, role: Role) -> Path:
+    """The folder with that role's files, given it or the whole trust folder."""
+    return trust if (trust / f"{role}.pem").exists() else trust / role
+
+
 def load_credentials(trust: Path, role: Role | str) -> Credentials:
     """Reads what `role` needs from its own part of a trust folder, or from the whole folder.
 
@@ -50,7 +55,7 @@ def load_credentials(trust: Path, role: Role | str) -> Credentials:
         PeerUnavailable: a file is missing or unreadable; without it no channel can be made.
     """
     role = Role(role)
-    own = trust if (trust / f"{role}.pem").exists() else trust / role
+    own = own_part(trust, role)
     paths = own / "ca.pem", own / f"{role}.pem", own / f"{role}.key"
     try:
         authority, certificate, key = (path.read_bytes() for path in paths)
@@ -62,26 +67,51 @@ def load_credentials(trust: Path, role: Role | str) -> Credentials:
 def ensure_trust(folder: Path) -> Path:
     """Makes what is missing or about to expire in a trust folder; returns it. Safe to call from several processes."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if not _is_fresh(folder / "ca" / "ca.pem") or not (folder / "ca" / "ca.key").exists():
-            _make_authority(folder)
+            from vtlab.trust.issuing import authority_pair
+
+            certificate, key = authority_pair()
+            write(folder / "ca" / "ca.key", key)
+            write(folder / "ca" / "ca.pem", certificate)
         authority = (folder / "ca" / "ca.pem").read_bytes()
         missing = [role for role in Role if not _is_current(folder / role, role, authority)]
         if missing:
-            _issue(folder, missing)
+            issue(folder, missing)
     return folder
+
+
+def issue(folder: Path, roles: Iterable[Role]) -> None:
+    """New keys and certificates for these roles; the folder is locked. ca.pem is written last, for all who watch."""
+    from vtlab.trust.issuing import Issuer
+
+    authority = (folder / "ca" / "ca.pem").read_bytes()
+    issuer = Issuer(authority, (folder / "ca" / "ca.key").read_bytes())
+    for role in roles:
+        for name, (certificate, key) in issuer.pairs(role).items():
+            write(folder / role / f"{name}.key", key)
+            write(folder / role / f"{name}.pem", certificate)
+        write(folder / role / "ca.pem", authority)
 
 
 def hand_out(folder: Path, target: Path) -> None:
     """Copies each role's part to target/ROLE where that folder exists, readable by the folder's group (0640)."""
     for role in Role:
         if (target / role).is_dir():
-            for name in (f"{role}.key", f"{role}.pem", "ca.pem"):
-                _write(target / role / name, (folder / role / name).read_bytes(), 0o640)
+            for name in _handed_out(folder, role):
+                write(target / role / name, (folder / role / name).read_bytes(), 0o640)
+
+
+def _handed_out(folder: Path, role: Role) -> list[str]:
+    """In the order that servers rely on: ca.pem vouches for the keys beside it."""
+    pairs = [role.value, "quote"] if role is Role.MONITOR else [role.value]
+    names = [f"{pair}.{kind}" for pair in pairs for kind in ("key", "pem")] + ["ca.pem"]
+    return [*names, "crl.pem"] if (folder / role / "crl.pem").exists() else names
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else changes the trust folder meanwhile."""
     descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -102,11 +132,13 @@ def _is_fresh(path: Path) -> bool:
 
 def _is_current(own: Path, role: Role, authority: bytes) -> bool:
     """ca.pem is written last, so that it vouches for the two files beside it."""
-    paths = own / "ca.pem", own / f"{role}.key"
-    return all(p.exists() for p in paths) and paths[0].read_bytes() == authority and _is_fresh(own / f"{role}.pem")
+    names = [role.value, "quote"] if role is Role.MONITOR else [role.value]
+    if not all(path.exists() for path in (own / "ca.pem", *(own / f"{name}.key" for name in names))):
+        return False
+    return (own / "ca.pem").read_bytes() == authority and all(_is_fresh(own / f"{name}.pem") for name in names)
 
 
-def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Puts the file there whole or not at all."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -115,66 +147,3 @@ def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fchmod(descriptor, mode)
         file.write(data)
     temporary.replace(path)
-
-
-def _make_authority(folder: Path) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "vtlab authority")])
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # keyCertSign, cRLSign
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + AUTHORITY_LIFE)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    _write(folder / "ca" / "ca.key", _private_pem(key))
-    _write(folder / "ca" / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
-
-
-def _issue(folder: Path, roles: list[Role]) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID
-
-    authority_pem = (folder / "ca" / "ca.pem").read_bytes()
-    authority = x509.load_pem_x509_certificate(authority_pem)
-    authority_key = serialization.load_pem_private_key((folder / "ca" / "ca.key").read_bytes(), None)
-    assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
-    now = datetime.datetime.now(datetime.UTC)
-    for role in roles:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, role.value)])
-        names = x509.SubjectAlternativeName(
-            [x509.DNSName(server_name(role)), x509.UniformResourceIdentifier(URI_PREFIX + role.value)]
-        )
-        purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        certificate = (
-            x509.CertificateBuilder(authority.subject, name, key.public_key(), x509.random_serial_number())
-            .not_valid_before(now - CLOCK_SKEW)
-            .not_valid_after(now + ROLE_LIFE)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(names, critical=False)
-            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-            .sign(authority_key, hashes.SHA256())
-        )
-        _write(folder / role / f"{role}.key", _private_pem(key))
-        _write(folder / role / f"{role}.pem", certificate.public_bytes(serialization.Encoding.PEM))
-        _write(folder / role / "ca.pem", authority_pem)
-
-
-def _private_pem(key: object) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from vtlab.errors import BadArgument, InternalError, PermissionDenied, VtlabError
 from vtlab.status import abort
 from vtlab.trust.certificates import URI_PREFIX
+from vtlab.trust.revocation import Revocations
 from vtlab.trust.roles import Role, may_call
 
 _log = logging.getLogger(__name__)
@@ -36,8 +37,11 @@ def role_of_peer(auth_context: Mapping[str, Iterable[bytes]]) -> Role | None:
 class Gate(grpc.ServerInterceptor):
     """Wraps every handler of a server."""
 
-    def __init__(self, server: Role) -> None:
+    def __init__(self, server: Role, revocations: Revocations) -> None:
         self._server = server
+        self._revocations = revocations
+        self._swept = revocations.identity()
+        self._streams: dict[Any, bytes] = {}  # open calls that answer with a stream -> the caller's certificate
 
     def intercept_service(
         self,
@@ -61,6 +65,20 @@ class Gate(grpc.ServerInterceptor):
         caller = role_of_peer(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))
         if not may_call(rpc, caller, self._server):
             raise PermissionDenied(f"role {caller or 'unknown'}", f"may not call {rpc} of the {self._server}")
+        self._revocations.check(_certificate(context))
+
+    def end_revoked(self) -> None:
+        """Ends the open streams of callers whose certificate was taken back since they were let in."""
+        identity = self._revocations.identity()
+        if identity == self._swept:
+            return
+        self._swept = identity
+        for context, certificate in list(self._streams.items()):
+            try:
+                self._revocations.check(certificate)
+            except PermissionDenied as error:
+                _log.warning("%s: its stream is ended", error)
+                context.cancel()
 
     def _unary(
         self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any], parse: Callable[[Any], Any]
@@ -79,12 +97,15 @@ class Gate(grpc.ServerInterceptor):
         self, rpc: str, behaviour: Callable[[Any, grpc.ServicerContext], Any], parse: Callable[[Any], Any]
     ) -> Callable[..., Any]:
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            self._streams[context] = _certificate(context)
             try:
                 self._authorise(rpc, context)
                 yield from behaviour(parse(request), context)
             except Exception as error:
                 self._fail(rpc, context, error)
                 raise
+            finally:
+                del self._streams[context]
 
         return call
 
@@ -96,6 +117,12 @@ class Gate(grpc.ServerInterceptor):
             abort(context, error)
         _log.error("%s failed", rpc, exc_info=error)
         abort(context, InternalError(f"{self._server}: {rpc}", f"{type(error).__name__}: {error}"))
+
+
+def _certificate(context: grpc.ServicerContext) -> bytes:
+    """What TLS verified of the caller, PEM."""
+    found = cast("Mapping[str, Iterable[bytes]]", context.auth_context()).get("x509_pem_cert", ())
+    return next(iter(found), b"")
 
 
 def _parser(rpc: str, deserializer: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any], Any]:
