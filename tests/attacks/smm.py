@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import struct
 
-from vtlab.client.driver import READY, Driver
+from vtlab.client.driver import COMMAND_PORT, READY, Driver, parse
 from vtlab.client.machine import Machine
+from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
 from vtlab.x86.registers import Cr0, Cr4, Efer
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, Transition, observe
@@ -19,6 +20,7 @@ SMRAM, ENTRY, SAVE_AREA = 0xA0000, 0x8000, 0xFE00
 NOTHING, POKE, ARM, STORM = 1, 2, 3, 256
 EFER, SMBASE, CR4, CR0 = 0xD0, 0x100, 0x148, 0x158
 BACK = re.compile(rf"selfguard: back from SMI|{READY}")
+REFUSED = re.compile(r"error errno=\d+\s*\n")
 CONFIG_ADDRESS, CONFIG_DATA, SMRAM_REGISTER, OPEN_ENABLED = 0xCF8, 0xCFC, 0x8000009C, 0x48
 
 BLACK_HAT = "Wojtczuk, Rutkowska 2009, Attacking SMM memory; Kallenberg et al. 2013"
@@ -27,11 +29,18 @@ SEAN_SMM = "Heki thread (Christopherson 2023): SMM entry and RSM change control 
 
 
 def run_smi(machine: Machine, attempts: Attempts, command: int, value: int = 0, address: int = 0) -> None:
-    """Has the guest ask for an SMI; it comes back, or the machine is reset and its kernel starts again."""
+    """Has the guest ask for an SMI; it comes back, or the machine is reset and its kernel starts again.
+
+    A kernel that was started by kexec has no handler in SMRAM, and says no.
+    """
     generation = machine.info().generation
     log = machine.serial_reader(0, from_now=True)
+    answers = machine.serial_reader(COMMAND_PORT, from_now=True)
     say(machine, f"smi {command} {value:#x} {address:#x}")
-    log.read_until(BACK, BOOT_TIMEOUT)
+    came, answer = read_first([(log, BACK), (answers, REFUSED)], BOOT_TIMEOUT)
+    if came == 1:
+        attempts.step(parse, answer.rstrip())
+        return
     after = machine.info()
     attempts.note(after.reason if after.generation != generation else "")
 
