@@ -101,6 +101,7 @@ check-protos: $(VENV)/developer.stamp
 
 kernel: $(VENV)/developer.stamp  ## rebuild the guest kernels (needs gcc and binutils)
 	$(BIN)/python -m vtl0_guest.kernels.selfguard.build
+	$(BIN)/python -m vtl0_guest.kernels.chaos.build
 	$(BIN)/python -m vtl0_guest.kernels.conformance.build
 
 linux: $(VENV)/developer.stamp  ## Debian's kernel and BusyBox for the tests with Linux (apt; into build/linux or VTLAB_LINUX)

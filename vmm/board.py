@@ -17,6 +17,7 @@ from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.intercept_filter import Watched
+from vmm.ledger import Ledger
 from vmm.level import Level
 from vmm.memory import Memory
 from vmm.processor import Processor
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 # Runs of a protection update that its event keeps; the first ones.
 _EVENT_RUNS = 256
+_PROTECTION = (vmm_pb2.EVENT_KIND_PROTECTION,)
+# Switches between levels: they change nothing.
+_PASSING = frozenset({"call", "return"})
 _ALL = PageAccess(read=True, write=True, kernel_execute=True, user_execute=True)
 
 
@@ -105,6 +109,7 @@ class Board:
     upper_msrs: SyntheticMsrs | None = None
     serving: threading.RLock = field(default_factory=threading.RLock)
     over: bool = False
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def guest_code(self) -> bool:
@@ -131,23 +136,41 @@ class Board:
     def protect(self, updates: Sequence[ProtectionUpdate], *, reveal: bool = False) -> None:
         """Moves pages and changes their rights while no vCPU runs, and has the guest told before any runs again.
 
+        Each update is a transaction of its own, after the pages were copied and before any copy is wiped. One that
+        changes nothing is no event.
+
         Raises:
             BadArgument: see Memory.apply; what came before that update is done.
             TimedOut: a vCPU does not stop.
         """
         with self.gate.none_inside():
             for update in updates:
-                self.memory.apply(update, reveal=reveal)
+                self.memory.apply(update, reveal=reveal, wipe=False)
                 for processor in self.processors:
                     processor.post(Update(protection=update))
                     if self.guest_code:  # VTL1 has all rights, in the file where the page is now
                         moved = ProtectionUpdate(runs=update.runs, access=_ALL, store=update.store)
                         processor.post(Update(protection=moved), vtl=VTL1)
-        for update in updates:
-            kept = update
-            if len(update.runs) > 2 * _EVENT_RUNS:
-                kept = ProtectionUpdate(runs=update.runs[: 2 * _EVENT_RUNS], access=update.access, store=update.store)
-            self.events.record(vmm_pb2.EVENT_KIND_PROTECTION, kept, weight=len(kept.runs) * 16)
+                if self.memory.changed:
+                    self._record_protection(update)
+                self.ledger.commit(self, _PROTECTION)
+                self.memory.wipe()
+
+    def _record_protection(self, update: ProtectionUpdate) -> None:
+        kept = update
+        if len(update.runs) > 2 * _EVENT_RUNS:
+            kept = ProtectionUpdate(runs=update.runs[: 2 * _EVENT_RUNS], access=update.access, store=update.store)
+        self.events.record(vmm_pb2.EVENT_KIND_PROTECTION, kept, weight=len(kept.runs) * 16)
+
+    def commit(self, processor: Processor | None = None, answer: Answer | None = None) -> None:
+        """Writes down what has changed, with the enter that follows from the exit of a vCPU. With `serving` held.
+
+        Raises:
+            InternalError: it cannot be written.
+        """
+        if processor is not None and isinstance(answer, Enter):
+            processor.answers(answer)
+        self.ledger.commit(self)
 
     def watch_all(self, filter_: InterceptFilter) -> None:
         """Has VTL0 of every vCPU run with that filter only, from now on; for designs without VTL1.
@@ -187,4 +210,6 @@ class Board:
         self.gate.kick(vp_index)
 
     def log_vtl(self, processor: Processor, vtl: int, what: str, code: int = 0) -> None:
-        self.events.record(vmm_pb2.EVENT_KIND_VTL, (what, code), processor.index, vtl, processor.resumed)
+        self.events.record(
+            vmm_pb2.EVENT_KIND_VTL, (what, code), processor.index, vtl, processor.resumed, lasting=what not in _PASSING
+        )

@@ -124,10 +124,11 @@ def _judge(board: Board, processor: Processor, exit_: Exit, subject: str) -> Res
     if board.guest_code:
         raise Refused(subject, "VTL1 is the guest's own code and cannot be asked about a client's write", rule="vtl1")
     exit_.vp_index, exit_.vtl, exit_.origin = processor.index, VTL0, vcpu_pb2.ORIGIN_CLIENT
-    answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_CLIENT_WRITE, intercept=exit_))
-    resolution = answer.resolution
-    board.events.record(vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, weight=512)
-    take_updates(board, processor, answer)
+    with board.serving:
+        answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_CLIENT_WRITE, intercept=exit_))
+        resolution = answer.resolution
+        board.events.record(vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, weight=512)
+        processor.post(*take_updates(board, processor, answer))
     if resolution.action not in (vcpu_pb2.ACTION_COMMIT, vcpu_pb2.ACTION_REPLACE):
         reason = resolution.reason or "no rule allows it"
         raise Refused(subject, f"VTL1 refuses the write: {reason}", rule=resolution.reason)

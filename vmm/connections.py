@@ -7,6 +7,7 @@ receiver has buffers for, and gets them back as the receiver's processor reports
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -80,3 +81,19 @@ class Connections:
                 port = MessagePort(vp_index, sint)
                 if self._taken[port]:
                     self._taken[port] -= 1
+
+    def save(self) -> bytes:
+        """All of it, for restore()."""
+        with self._lock:
+            return json.dumps([list(part.items()) for part in (self._messages, self._events, self._taken)]).encode()
+
+    def restore(self, state: bytes) -> None:
+        """Raises ValueError."""
+        try:
+            messages, events, taken = json.loads(state)
+            with self._lock:
+                self._messages = {connection: MessagePort(*port) for connection, port in messages}
+                self._events = {connection: EventPort(*port) for connection, port in events}
+                self._taken = Counter({MessagePort(*port): count for port, count in taken})
+        except TypeError as error:
+            raise ValueError(str(error)) from None

@@ -2,6 +2,10 @@
 
 Recording keeps a reference to the message at hand; the Event itself is built when somebody reads it. Each kind has its
 own ring, so that a flood of exits does not push the last state change out.
+
+Events of lasting kinds outlive the VMM: they are staged, written to the journal in the transaction of what they tell
+of, and shown to readers only then, so that none is told twice or lost. Exits, verdicts and VTL switches are shown at
+once and are gone with the process; a reader that comes back is told that it missed some.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -36,6 +41,15 @@ _BUILDERS: dict[int, Callable[..., Any]] = {
     vmm_pb2.EVENT_KIND_VERDICT: lambda exit_, resolution: vmm_pb2.Verdict(exit=exit_, resolution=resolution),
     vmm_pb2.EVENT_KIND_VTL: lambda what, code: vmm_pb2.VtlEvent(what=what, code=code),
 }
+# Kinds that are kept in the journal.
+LASTING = frozenset(
+    {
+        vmm_pb2.EVENT_KIND_STATE,
+        vmm_pb2.EVENT_KIND_SERIAL,
+        vmm_pb2.EVENT_KIND_PROTECTION,
+        vmm_pb2.EVENT_KIND_DEVICE,
+    }
+)
 # Entries of the same kind that are kept, and the sum of their weights (bytes or runs; see record).
 CAPACITY = 2048
 WEIGHT = 4 << 20
@@ -56,6 +70,20 @@ class _Entry(NamedTuple):
 # An _Entry as it is recorded (and dropped): making a named tuple of it costs as much as all else, so that waits for a
 # reader.
 _Record = tuple[int, int, int, int, int, Any, int]
+
+
+class Kept(NamedTuple):
+    """What the journal holds of a log.
+
+    Attributes:
+        events: those of lasting kinds, oldest first.
+        dropped: kind -> how many older ones there were, and the number of the last of them.
+        lost_before: volatile events with lower numbers are gone.
+    """
+
+    events: list[Event]
+    dropped: dict[int, tuple[int, int]]
+    lost_before: int
 
 
 class _Ring:
@@ -84,15 +112,54 @@ class EventLog:
     """Events of one machine. Thread-safe."""
 
     def __init__(
-        self, vm: str, numbers: Iterator[int] | None = None, capacity: int = CAPACITY, weight: int = WEIGHT
+        self,
+        vm: str,
+        numbers: Iterator[int] | None = None,
+        capacity: int = CAPACITY,
+        weight: int = WEIGHT,
+        on_staged: Callable[[], object] | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        """:param numbers: gives sequence numbers, shared by the machines of a VMM."""
+        """Makes an empty log, or one that goes on from what was kept.
+
+        Args:
+            numbers: gives sequence numbers, shared by the machines of a VMM.
+            on_staged: is told that an event waits for publishing(); None: there is no journal, and none waits.
+            kept: of an earlier life of the VMM.
+        """
         self._vm = vm
+        self._on_staged = on_staged
+        self._staged: list[tuple[int, tuple[int, int, int, int, Any, int]]] = []
         self._numbers = numbers or itertools.count(1)
         self._lock = threading.Lock()
         self._rings = {kind: _Ring(capacity, weight) for kind in _FIELDS}
         self._waiting: dict[int, set[threading.Event]] = {kind: set() for kind in _FIELDS}
         self._closed = False
+        if kept is not None:
+            self._restore(kept)
+
+    def _restore(self, kept: Kept) -> None:
+        for kind, ring in self._rings.items():
+            if kind in LASTING:
+                ring.first, ring.last_dropped = kept.dropped.get(kind, (0, 0))
+            else:
+                ring.first = ring.last_dropped = kept.lost_before
+        for event in kept.events:
+            kind = event.kind
+            detail = getattr(event, _FIELDS[kind])
+            if kind in _BUILDERS:
+                detail = (detail.what, detail.code)
+            self._rings[kind].append(
+                (
+                    event.sequence,
+                    event.time.ToNanoseconds(),
+                    event.vp_index,
+                    event.vtl,
+                    event.enter_sequence,
+                    detail,
+                    event.ByteSize(),
+                )
+            )
 
     def record(
         self,
@@ -102,14 +169,21 @@ class EventLog:
         vtl: int = 0,
         enter_sequence: int = 0,
         weight: int = 0,
+        lasting: bool = False,
     ) -> None:
-        """Adds an event.
+        """Adds an event; one that lasts is seen from the next publishing() on.
 
         Args:
             detail: the message of that kind, not changed afterwards; for VERDICT the pair (exit, resolution), for VTL
                 (what, code).
             weight: size of a detail that can be large, so that the log stays bounded in bytes too.
+            lasting: it belongs into the journal although its kind does not.
         """
+        if self._on_staged is not None and (lasting or kind in LASTING):
+            with self._lock:
+                self._staged.append((kind, (time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)))
+            self._on_staged()
+            return
         with self._lock:
             self._rings[kind].append(
                 (next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)
@@ -117,6 +191,36 @@ class EventLog:
             if self._waiting[kind]:
                 for waiting in self._waiting[kind]:
                     waiting.set()
+
+    @property
+    def staged(self) -> bool:
+        """Events wait for publishing()."""
+        return bool(self._staged)
+
+    @contextmanager
+    def publishing(self, only: Collection[int] = ()) -> Iterator[list[Event]]:
+        """The events that wait, for the block to write down; it ends with their being seen. All others wait for it.
+
+        Args:
+            only: kinds; empty means all.
+        """
+        with self._lock:
+            now = [item for item in self._staged if not only or item[0] in only]
+            numbered = [(kind, (next(self._numbers), *rest)) for kind, rest in now]
+            yield [self._build(kind, _Entry(*record)) for kind, record in numbered]
+            self._staged = [item for item in self._staged if only and item[0] not in only]
+            self._show(numbered)
+
+    def _show(self, numbered: Iterable[tuple[int, _Record]]) -> None:
+        for kind, record in numbered:
+            self._rings[kind].append(record)
+            for waiting in self._waiting[kind]:
+                waiting.set()
+
+    def dropped(self, kind: int) -> tuple[int, int]:
+        """How many events of a kind are not kept any more, and the number of the last of them. For publishing()."""
+        ring = self._rings[kind]
+        return ring.first, ring.last_dropped
 
     def close(self) -> None:
         """Readers get what there is, then end."""

@@ -46,20 +46,30 @@ def serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
     with board.serving:
         if board.over:
             raise Cancelled(f"vCPU {processor.index}", "VTL1 stood down")
-        vtl = processor.vtl.active
-        if exit_.serial:
-            board.record_serial(processor, vtl, exit_)
-        if exit_.synic_delivered and vtl == VTL0:
-            board.connections.give_back(processor.index, exit_.synic_delivered)
-        kind = exit_.WhichOneof("reason")
-        handler = _TABLE.get(kind or "")
-        if kind is None or handler is None:
-            raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
-        if kind not in _QUIET:
-            board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
-        if vtl == VTL0 and processor.watched.wants(kind, exit_) and board.design.watches(board, processor):
-            return board.design.intercepted(board, processor, exit_)
-        return handler(board, processor, exit_)
+        answer = _serve(board, processor, exit_)
+        if board.ledger.dirty:
+            board.commit(processor, answer)
+        return answer
+
+
+def _serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
+    vtl = processor.vtl.active
+    if exit_.serial:
+        board.record_serial(processor, vtl, exit_)
+    if exit_.synic_delivered and vtl == VTL0:
+        board.connections.give_back(processor.index, exit_.synic_delivered)
+        board.ledger.touch()
+    kind = exit_.WhichOneof("reason")
+    handler = _TABLE.get(kind or "")
+    if kind is None or handler is None:
+        raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
+    if board.design.has_state:
+        board.ledger.touch()
+    if kind not in _QUIET:
+        board.events.record(_EXIT, exit_, processor.index, vtl, exit_.sequence, weight=512)
+    if vtl == VTL0 and processor.watched.wants(kind, exit_) and board.design.watches(board, processor):
+        return board.design.intercepted(board, processor, exit_)
+    return handler(board, processor, exit_)
 
 
 def _hypercall(board: Board, processor: Processor, exit_: Exit) -> Answer:
@@ -74,6 +84,7 @@ def _msr(board: Board, processor: Processor, exit_: Exit) -> Answer:
         if not access.write:
             return processor.resume(complete(msrs.read(access.index, processor.index, processor.vtl)))
         updates = msrs.write(access.index, access.new_value, processor.vtl)
+        board.ledger.touch()
     except GeneralProtectionError:
         return processor.resume(_DENY)
     except ResetRequestError:
@@ -96,6 +107,8 @@ def _port(board: Board, processor: Processor, exit_: Exit) -> Answer:
     if access.size not in (1, 2, 4):
         raise GuestMisbehaved(f"VTL0 of {board.vm}", f"accesses port {access.port:#x} with {access.size} bytes")
     port = access.port & 0xFFFF
+    if board.ports.answers(port):
+        board.ledger.touch()
     if not access.write:
         return processor.resume(complete(board.ports.read(port, access.size)))
     value = access.value & ((1 << 8 * access.size) - 1)
@@ -126,6 +139,7 @@ def _halt(board: Board, processor: Processor, exit_: Exit) -> Answer:
     if exit_.halt.interrupts_enabled or board.spec.vp_count > 1:
         return processor.resume(_COMMIT)
     board.gate.halt(processor.index, processor.vtl.active)
+    board.ledger.touch()
     return processor.resume(SKIP)
 
 

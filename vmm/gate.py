@@ -82,6 +82,19 @@ class Gate:
     def _waits(self, vp_index: int, vtl: int) -> bool:
         return (vp_index, vtl) in self._halted and (vtl > 0 or vp_index not in self._interrupted)
 
+    def found_inside(self, vp_index: int, sequence: int, vtl: int = 0) -> None:
+        """A VMM that was restarted knows that this enter was made and not whether the vCPU has exited since."""
+        with self._lock:
+            self._places[vp_index] = Place.INSIDE
+            self._sequences[vp_index] = sequence
+            self._levels[vp_index] = vtl
+
+    def back_out(self, vp_index: int) -> None:
+        """The vCPU was let in and has not been entered; it will come again."""
+        with self._lock:
+            self._places[vp_index] = Place.BUSY
+            self._condition.notify_all()
+
     def leave(self, vp_index: int) -> None:
         """The vCPU has exited."""
         with self._lock:
@@ -101,6 +114,11 @@ class Gate:
         """The vCPU parks at its next enter of that level until wake(): HLT that no interrupt can end."""
         with self._condition:
             self._halted.add((vp_index, vtl))
+
+    def halted(self, vp_index: int) -> list[int]:
+        """Levels of the vCPU that wait in HLT."""
+        with self._lock:
+            return sorted(vtl for vp, vtl in self._halted if vp == vp_index)
 
     def take_interrupt(self, vp_index: int) -> bool:
         """Whether an interrupt for VTL1 was reported, once."""

@@ -4,6 +4,7 @@
         ...
 
 The processes are spawned, not forked, and end with the block, with an exception, or with this process, however it ends.
+One that dies by itself is restarted (vmm.supervisor).
 Their folder is private to the user and lies in memory where the machine has room there, since guest RAM is files in it.
 """
 
@@ -19,7 +20,7 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from typing import Any
 import multiprocess
 
 from vmm.child import ChildSpec, run
+from vmm.supervisor import DEFAULT_BUDGET, Budget, LocalProcess, Supervisor
 from vtlab.channels import ServerConfig
 from vtlab.client import Addresses, Lab
-from vtlab.errors import InternalError, TimedOut, VtlabError, one_line
+from vtlab.errors import InternalError, TimedOut, VtlabError
 from vtlab.process import remove_folder, without_main
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
@@ -45,45 +47,23 @@ SHORT_BASE = "/tmp"  # noqa: S108 - only private folders are made in it
 SERVERS = {Role.VMM: "vmm.server", Role.GUEST: "vtl0_guest.server", Role.MONITOR: "vtl1_monitor.server"}
 
 
-@dataclass(frozen=True)
-class LocalProcess:
-    """One of the three.
-
-    Attributes:
-        process: handle of multiprocess.
-        ready: receiving end of the pipe on which it reports its addresses.
-        log: its output; None if it shares ours.
-    """
-
-    process: Any
-    ready: Any
-    log: Path | None
-
-    def last_words(self) -> str:
-        """Last line of its log, to say why it ended."""
-        if self.log is None or not self.log.exists():
-            return ""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return one_line(lines[-1])[:400] if lines else ""
-
-
 class LocalLab(Lab):
     """A laboratory of this process.
 
     Attributes:
         directory: its private folder; each process's log is ROLE.log in it.
-        processes: the three, by role.
+        supervisor: of its processes.
     """
 
-    def __init__(self, addresses: Addresses, directory: Path, processes: dict[Role, LocalProcess]) -> None:
+    def __init__(self, addresses: Addresses, directory: Path, supervisor: Supervisor) -> None:
         self.directory = directory
-        self.processes = processes
+        self.supervisor = supervisor
         super().__init__(addresses)
 
     @property
     def pids(self) -> dict[str, int]:
         """Process numbers by role."""
-        return {role.value: int(local.process.pid) for role, local in self.processes.items()}
+        return {role.value: int(local.process.pid) for role, local in self.supervisor.processes.items()}
 
 
 @contextlib.contextmanager
@@ -94,6 +74,7 @@ def launch(
     vmm_listen: str = "",
     monitor_listen: str = "",
     timeout: float = 60.0,
+    budget: Budget = DEFAULT_BUDGET,
 ) -> Iterator[LocalLab]:
     """Starts guest, monitor and VMM, and connects to them as operator.
 
@@ -101,7 +82,8 @@ def launch(
         rules: rules in Python for the monitor; functions of a notebook or a script are shipped whole.
         directory: where to make the private folder; chosen if None.
         vmm_listen, monitor_listen: addresses for clients in place of Unix sockets, "127.0.0.1:0".
-        timeout: seconds for all three to answer.
+        timeout: seconds for all three to answer, and for one that is restarted.
+        budget: how often a process may die.
 
     Raises:
         VtlabError: as the process that could not start reports it, or TimedOut.
@@ -109,18 +91,24 @@ def launch(
     with _private_directory(directory) as folder, _socket_directory(folder) as sockets:
         trust = ensure_trust(folder / "trust")
         processes: dict[Role, LocalProcess] = {}
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_stop, processes)
             configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
             blob = _ship(rules)
-            for role in (Role.GUEST, Role.MONITOR, Role.VMM):
+
+            def start(role: Role) -> LocalProcess:
                 shipped = blob if role is Role.MONITOR else b""
-                processes[role] = _start(role, configs[role], shipped, (folder, sockets))
+                return _start(role, configs[role], shipped, (folder, sockets))
+
+            for role in (Role.GUEST, Role.MONITOR, Role.VMM):
+                processes[role] = start(role)
             bound = _await_ready(processes, timeout)
+            for role in SERVERS:
+                configs[role] = replace(configs[role], listen=bound[role])
             addresses = Addresses(bound[Role.VMM][0], bound[Role.MONITOR][1], trust / Role.OPERATOR)
-            with LocalLab(addresses, folder, processes) as lab:
-                yield lab
-        finally:
-            _stop(processes)
+            supervisor = Supervisor(processes, start, lambda role, local: _await_ready({role: local}, timeout), budget)
+            stack.callback(supervisor.close)
+            yield stack.enter_context(LocalLab(addresses, folder, supervisor))
 
 
 def _configs(

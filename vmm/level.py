@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from vtlab.errors import PeerUnavailable
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, AttachResponse, Enter, Exit
+
+
+class LevelLost(PeerUnavailable):
+    """A level was started anew and holds nothing of the machine any more. It can only be reset."""
 
 
 class Level(Protocol):
@@ -23,8 +28,19 @@ class Level(Protocol):
     def attach(self, request: AttachRequest) -> AttachResponse | None:
         """Binds the level to a machine. Raises what the level refuses with, or PeerUnavailable."""
 
-    def detach(self, vm: str) -> None:
-        """Makes the level forget the machine."""
+    def reconnect(self, request: AttachRequest) -> list[Enter]:
+        """For a VMM that has lost what it knew: the last enter of each vCPU, empty where there was none.
+
+        Args:
+            request: that of attach().
+
+        Raises:
+            LevelLost: the level does not hold that generation of the machine.
+            PeerUnavailable: it does not come back within the time that a restart may take.
+        """
+
+    def detach(self, vm: str, *, reset: bool = False) -> None:
+        """Makes the level forget the machine, but for what outlives a reset if it is one."""
 
     def enter(self, enter: Enter) -> Exit:
         """Runs a vCPU until it exits.

@@ -12,21 +12,24 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vmm import client_access, designs
-from vmm.board import Board, Ending
+from vmm.board import Board, Ending, reset_wanted
 from vmm.devices import optional
 from vmm.devices.bus import PortBus
 from vmm.devices.fw_cfg import FwCfg
 from vmm.devices.testdev import TestDevice
 from vmm.events import EventLog
 from vmm.gate import Gate
+from vmm.guarding import finish
 from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.images import ImageStore
-from vmm.level import Level
+from vmm.ledger import Ledger
+from vmm.level import Level, LevelLost
 from vmm.memory import Memory
+from vmm.past import Past
 from vmm.processor import Processor
 from vmm.run_loop import run
 from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
@@ -35,6 +38,7 @@ from vtlab.errors import BadImage, NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
 from vtlab.ram import create_turn_file
 from vtlab.v1 import vcpu_pb2, vmm_pb2
+from vtlab.v1.journal_pb2 import MachineRecord
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import (
     AttachRequest,
@@ -73,31 +77,20 @@ class Machine:
         guest: Level,
         monitor: Level | None,
         events: EventLog,
+        ledger: Ledger | None = None,
     ) -> None:
         """Creates it in `directory`, which must not exist, and has both levels attach; nothing is left if that fails.
 
         Args:
             monitor: None where the machine has no VTL1.
+            ledger: where it is written down; None for nowhere.
 
         Raises:
             NotFound: an image was not uploaded.
             BadImage: VTL0 cannot load it.
             PeerUnavailable: a level is not there.
         """
-        self.vm = vm
-        self.spec = spec
-        self.events = events
-        self._guest = guest
-        self._monitor = monitor
-        self._design = designs.create(spec)
-        self._directory = directory
-        self._state: MachineState.ValueType = CREATED
-        self._reason = ""
-        self._destroyed = False
-        self._debug_exit: int | None = None
-        self._generation = 1
-        self._control = threading.RLock()
-        self._threads: list[threading.Thread] = []
+        self._set_up(vm, spec, directory, guest, monitor, events, ledger or Ledger())
         directory.mkdir(parents=True)
         try:
             # VTL1 is the folder's group and VTL0 among the others where they have uids of their own (vtlab.ram.MODES).
@@ -108,11 +101,97 @@ class Machine:
                 create_turn_file(directory)
             self._board = self._new_board()
             self._attach(self._image)
+            self._enter_state(CREATED)
         except BaseException:
             self._forget()
             raise
         self._spawn()
-        self._log_state()
+
+    @classmethod
+    def revived(
+        cls, past: Past, directory: Path, guest: Level, monitor: Level | None, events: EventLog, ledger: Ledger
+    ) -> Machine:
+        """The machine of a VMM that died: it goes on where it was, or is reset if a level has lost it.
+
+        Raises:
+            InternalError: the journal's records make no machine.
+            OSError, ValueError, BadArgument: its memory is gone or another's.
+        """
+        self = cls.__new__(cls)
+        known = past.machine.machine
+        self._set_up(known.vm, known.spec, directory, guest, monitor, events, ledger)
+        self._state, self._reason, self._generation = known.state, known.reason, known.generation
+        self._debug_exit = known.debug_exit if known.HasField("debug_exit") else None
+        self._image = past.machine.image
+        self._memory = Memory.reopened(directory, known.spec.ram_size, self._code_written, past.pages)
+        self._board = self._new_board()
+        past.restore(self._board)
+        self._revive(renewing=past.machine.renewing)
+        return self
+
+    def _set_up(
+        self,
+        vm: str,
+        spec: MachineSpec,
+        directory: Path,
+        guest: Level,
+        monitor: Level | None,
+        events: EventLog,
+        ledger: Ledger,
+    ) -> None:
+        self.vm = vm
+        self.spec = spec
+        self.events = events
+        self._ledger = ledger
+        self._design = designs.create(spec)
+        self._guest = guest
+        self._monitor = monitor
+        self._directory = directory
+        self._state: MachineState.ValueType = CREATED
+        self._reason = ""
+        self._destroyed = False
+        self._debug_exit: int | None = None
+        self._generation = 1
+        self._control = threading.RLock()
+        self._threads: list[threading.Thread] = []
+
+    def _revive(self, *, renewing: bool) -> None:
+        with self._control:
+            if self._state in (STOPPED, FAILED) and not renewing:
+                return
+            board = self._board
+            try:
+                if renewing:
+                    self._renew()
+                    self._enter_state(RUNNING, self._reason)
+                    self._go()
+                    return
+                self._reconnect(board)
+                with board.serving:
+                    self._spawn()
+                    finish(board)
+                    board.commit()
+            except LevelLost as error:
+                if self._state != CREATED:
+                    self._conclude(board, reset_wanted(self.spec, str(error)))
+                    return
+                self._break(str(error))
+            except VtlabError as error:
+                self._break(f"cannot go on after the VMM's end: {error}")
+            else:
+                if self._state == RUNNING:
+                    board.gate.release()
+
+    def _reconnect(self, board: Board) -> None:
+        """Learns from the levels where each vCPU stands. Raises LevelLost, PeerUnavailable."""
+        stands = {level.vtl: level.reconnect(self._attach_request(level, self._image)) for level in self._levels()}
+        for processor in board.processors:
+            upper = stands[VTL1][processor.index] if VTL1 in stands else None
+            processor.reconnect(stands[VTL0][processor.index], upper)
+            settled = processor.run_settled()
+            if settled is not None:
+                board.record_serial(processor, VTL0, settled)
+        self._listen()
 
     # -------------------------------------------------------------------------------------------------- for everyone
 
@@ -142,28 +221,29 @@ class Machine:
         """
         with self._control:
             self._after(operation)
-            if not parked:
-                yield self._board
-                return
-            with self._board.gate.all_parked():
-                yield self._board
+            board = self._board
+            with board.gate.all_parked() if parked else nullcontext():
+                yield board
+                if board.ledger.dirty:
+                    with board.serving:
+                        board.commit()
 
     # ------------------------------------------------------------------------------------------------------ the moves
 
     def start(self) -> vmm_pb2.Machine:
-        return self._move(Operation.START, self._board.gate.release)
+        return self._move(Operation.START, then=self._board.gate.release)
 
     def pause(self) -> vmm_pb2.Machine:
         return self._move(Operation.PAUSE, self._board.gate.park)
 
     def resume(self) -> vmm_pb2.Machine:
-        return self._move(Operation.RESUME, self._board.gate.release)
+        return self._move(Operation.RESUME, then=self._board.gate.release)
 
     def stop(self) -> vmm_pb2.Machine:
-        return self._move(Operation.STOP, self._stop_threads, "stopped by the operator")
+        return self._move(Operation.STOP, self._stop_threads, reason="stopped by the operator")
 
     def reset(self) -> vmm_pb2.Machine:
-        return self._move(Operation.RESET, self._renew, "reset by the operator")
+        return self._move(Operation.RESET, self._renew, self._go)
 
     def hijack(self, request: HijackRequest) -> ProcessorState:
         """Stops the vCPUs, places code with VTL0's rights and registers as clients may, and goes on if asked.
@@ -185,9 +265,9 @@ class Machine:
                 if self._state == RUNNING:
                     board.gate.release()
                 raise
+            self._enter_state(RUNNING if request.resume else PAUSED)
             if request.resume:
                 board.gate.release()
-            self._enter_state(RUNNING if request.resume else PAUSED)
             return before
 
     def destroy(self) -> None:
@@ -196,6 +276,7 @@ class Machine:
             self._after(Operation.DESTROY)
             self._destroyed = True
             self._stop_threads()
+            self._ledger.forget()
             self._forget()
 
     # -------------------------------------------------------------------------------------------------------- inside
@@ -206,29 +287,46 @@ class Machine:
             raise NotFound(f"machine '{self.vm}'", "was destroyed")
         return after(self._state, operation, self.vm)
 
-    def _move(self, operation: Operation, act: Callable[[], object], reason: str = "") -> vmm_pb2.Machine:
-        """Does an operation and takes the state that follows. If it fails half-way, the machine is FAILED."""
+    def _move(
+        self,
+        operation: Operation,
+        act: Callable[[], object] = lambda: None,
+        then: Callable[[], object] = lambda: None,
+        reason: str = "",
+    ) -> vmm_pb2.Machine:
+        """Does an operation and takes the state that follows; what is released by it comes `then`.
+
+        If it fails half-way, the machine is FAILED.
+        """
         with self._control:
             following = self._after(operation)
             try:
                 act()
+                self._enter_state(following, reason)
+                then()
             except VtlabError as error:
                 self._break(f"cannot {operation}: {error}")
                 raise
-            self._enter_state(following, reason if following == STOPPED else "")
             return self.describe()
 
     def _enter_state(self, state: MachineState.ValueType, reason: str = "", debug_exit: int | None = None) -> None:
+        """Takes a state and writes it down. Raises InternalError if that fails."""
         self._state, self._reason, self._debug_exit = state, reason, debug_exit
-        self._log_state()
-
-    def _log_state(self) -> None:
         self.events.record(vmm_pb2.EVENT_KIND_STATE, self.describe())
+        self._write_down()
+
+    def _write_down(self, *, renewing: bool = False) -> None:
+        record = MachineRecord(machine=self.describe(), image=self._image, renewing=renewing)
+        with self._board.serving:
+            self._ledger.commit(self._board, machine=record)
 
     def _break(self, reason: str) -> None:
         _log.error("machine %s: %s", self.vm, reason)
         self._stop_threads()
-        self._enter_state(FAILED, reason)
+        try:
+            self._enter_state(FAILED, reason)
+        except VtlabError as error:
+            _log.error("machine %s: %s", self.vm, error)
 
     def _drive(self, board: Board, processor: Processor) -> None:
         """A vCPU's thread."""
@@ -254,10 +352,11 @@ class Machine:
                     self._renew(keep=self.spec.keep_memory_on_reset and not board.vtl.zeroes_memory)
                 else:
                     self._stop_threads()
+                self._enter_state(following, ending.reason, ending.debug_exit)
+                if operation is Operation.GUEST_RESETS:
+                    self._go()
             except VtlabError as error:
                 self._break(f"cannot {operation}: {error}")
-                return
-            self._enter_state(following, ending.reason, ending.debug_exit)
 
     def _renew(self, *, keep: bool = False) -> None:
         """RESET: protections lifted, VTL1 destroyed, the image loaded again, running. By default memory is zeroed.
@@ -266,7 +365,8 @@ class Machine:
             keep: what VTL0 could read stays in RAM.
         """
         self._stop_threads()
-        self._detach()
+        self._write_down(renewing=True)
+        self._detach(reset=True)
         self._design.reset()
         self._memory.reset(keep=keep)
         self._begin("reset", self._image)
@@ -278,16 +378,19 @@ class Machine:
         but memory that VTL0 could read.
         """
         self._stop_threads()
+        self._write_down(renewing=True)  # whoever finds it half done resets the machine
         self._detach()
         self._memory.reset(keep=True)
         self._begin("kexec", self._place_successor(stand_down), stand_down.entry)
 
     def _begin(self, what: str, image: BootImage, start: ProcessorState | None = None) -> None:
-        """The next generation, running. Nothing runs and both levels have let go."""
+        """The next generation, which _go() sets running. Nothing runs and both levels have let go."""
         self._generation += 1
         self._board = self._new_board()
         self._attach(image, start)
         self._board.log_vtl(self._board.processors[0], VTL0, what)
+
+    def _go(self) -> None:
         self._spawn()
         self._board.gate.release()
 
@@ -312,10 +415,14 @@ class Machine:
             processors=processors,
             profile=PROFILES[spec.vsm_profile or DEFAULT_PROFILE.name],
             upper_msrs=SyntheticMsrs(self._memory, vtl=VTL1) if self._guest_code else None,
+            ledger=self._ledger,
         )
         for device in optional.build(board):
             board.ports.add(device)
-        processors += [Processor(index, self._guest, self._monitor, gate, VpVtl()) for index in range(spec.vp_count)]
+        processors += [
+            Processor(index, self._guest, self._monitor, gate, VpVtl(), board.serving, board.commit, self._ledger.touch)
+            for index in range(spec.vp_count)
+        ]
         wanted = self._design.filter()
         if wanted.ByteSize():
             board.watch_all(wanted)
@@ -387,32 +494,43 @@ class Machine:
     def _attach(self, image: BootImage, start: ProcessorState | None = None) -> None:
         reference: ReferenceClock | None = None
         for level in self._levels():
-            response = level.attach(
-                AttachRequest(
-                    vm=self.vm,
-                    generation=self._generation,
-                    vtl=level.vtl,
-                    vp_count=self.spec.vp_count,
-                    ram_size=self.spec.ram_size,
-                    memory_directory=str(self._directory),
-                    image=image,
-                    personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
-                    reference=reference,
-                    local_apic_enabled=self._board.profile.local_apic_enabled,
-                    start=start,
-                )
-            )
+            response = level.attach(self._attach_request(level, image, reference, start))
             if response is not None and response.HasField("reference"):
                 reference = response.reference
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hears of interrupts, where both levels run guest code."""
         if self._guest_code and self._monitor is not None:
             gate = self._board.gate
             self._monitor.listen(lambda vp_index, _after: gate.interrupt(vp_index))
 
-    def _detach(self) -> None:
+    def _attach_request(
+        self,
+        level: Level,
+        image: BootImage,
+        reference: ReferenceClock | None = None,
+        start: ProcessorState | None = None,
+    ) -> AttachRequest:
+        return AttachRequest(
+            vm=self.vm,
+            generation=self._generation,
+            vtl=level.vtl,
+            vp_count=self.spec.vp_count,
+            ram_size=self.spec.ram_size,
+            memory_directory=str(self._directory),
+            image=image,
+            personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
+            reference=reference,
+            local_apic_enabled=self._board.profile.local_apic_enabled,
+            start=start,
+        )
+
+    def _detach(self, *, reset: bool = False) -> None:
         """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""
         for level in self._levels():
             try:
-                level.detach(self.vm)
+                level.detach(self.vm, reset=reset)
             except VtlabError as error:
                 _log.warning("machine %s: VTL%d did not detach: %s", self.vm, level.vtl, error)
 

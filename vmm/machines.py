@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import re
 import shutil
 import threading
@@ -15,12 +15,17 @@ from vmm import designs
 from vmm.devices import optional
 from vmm.events import EventLog
 from vmm.images import ImageStore
+from vmm.journal import Journal
+from vmm.ledger import Ledger
 from vmm.level import Level
 from vmm.machine import Machine
+from vmm.past import Past
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, VtlabError
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE
 from vtlab.v1.vmm_pb2 import MachineSpec
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 RAM_GRANULE = 2 << 20
@@ -38,7 +43,7 @@ class Dial(Protocol):
 class Machines:
     """All machines of a VMM: one, since a guest process and a monitor serve one at a time. Thread-safe."""
 
-    def __init__(self, directory: Path, dial: Dial) -> None:
+    def __init__(self, directory: Path, dial: Dial, journal: Journal) -> None:
         """:param directory: holds the images and one folder a machine."""
         self.images = ImageStore(directory / "images")
         self._directory = directory / "machines"
@@ -46,7 +51,25 @@ class Machines:
         self._machines: dict[str, Machine] = {}
         self._creating: str | None = None
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        self._journal = journal
+        self._numbers = journal.numbers()
+
+    def revive(self) -> None:
+        """Goes on with the machines of a VMM that died. One whose memory or records are gone is forgotten."""
+        for vm in self._journal.machines():
+            try:
+                self._revive(vm)
+            except (VtlabError, OSError, ValueError) as error:
+                _log.error("machine %s cannot be revived and is forgotten: %s", vm, error)
+                self._journal.forget(vm)
+
+    def _revive(self, vm: str) -> None:
+        past = Past(self._journal, vm)
+        guest = self._dial(0)
+        monitor = self._dial(1) if past.machine.machine.spec.vtl1 else None
+        ledger = Ledger(self._journal, vm)
+        events = EventLog(vm, self._numbers, on_staged=ledger.touch, kept=past.events)
+        self._machines[vm] = Machine.revived(past, self._directory / vm, guest, monitor, events, ledger)
 
     def create(self, vm: str, spec: MachineSpec) -> Machine:
         """Raises AlreadyExists, BadArgument, LimitExceeded, and what Machine() raises."""
@@ -63,7 +86,9 @@ class Machines:
             monitor = self._dial(1) if spec.vtl1 else None
             self._clear_leftovers([guest, monitor] if monitor else [guest])
             folder = self._directory / vm
-            machine = Machine(vm, spec, folder, self.images, guest, monitor, EventLog(vm, self._numbers))
+            ledger = Ledger(self._journal, vm)
+            events = EventLog(vm, self._numbers, on_staged=ledger.touch)
+            machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger)
             with self._lock:
                 self._machines[vm] = machine
         finally:

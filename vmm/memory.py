@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vtlab.errors import BadArgument, Refused
@@ -41,6 +41,8 @@ STORES = {
 _FILES = (RamFile.WRITABLE, RamFile.SEALED, RamFile.PRIVATE)
 
 _SAME_STORE = re.compile(rb"\x00+|\x01+|\x02+")
+# Pages whose stores and rights make one record of the journal.
+RECORD_PAGES = 4096
 # From so many pages on, giving the blocks back is cheaper than writing zeros.
 _REMOVE_PAGES = 64
 _ZEROS = memoryview(bytes(_REMOVE_PAGES * PAGE_SIZE))
@@ -103,6 +105,37 @@ class Memory:
             FileExistsError: the directory already holds a machine's memory.
         """
         create_ram_files(directory, size)
+        self._map(directory, size, on_code_written)
+
+    @classmethod
+    def reopened(
+        cls, directory: Path, size: int, on_code_written: Callable[[list[int]], None], records: Mapping[int, bytes]
+    ) -> Memory:
+        """The memory of a machine whose VMM died, as take_records() told of it.
+
+        What a move had still to wipe is wiped.
+
+        Raises:
+            OSError, ValueError: a file is missing or has another size.
+            BadArgument: a record is no record of this memory.
+        """
+        self = cls.__new__(cls)
+        self._map(directory, size, on_code_written)
+        for number, record in records.items():
+            first = number * RECORD_PAGES
+            count = min(RECORD_PAGES, self.pages - first)
+            if count <= 0 or len(record) != 2 * count:
+                raise BadArgument(f"record {number} of pages", f"has {len(record)} bytes")
+            self._store[first : first + count] = record[:count]
+            self._rights[first : first + count] = record[count:]
+        for span in _SAME_STORE.finditer(bytes(self._store)):
+            kept = self._store[span.start()]
+            for store in (WRITABLE, SEALED) if kept == PRIVATE else (PRIVATE,):
+                self._wipes.append((store, span.start(), span.end() - span.start()))
+        self.wipe()
+        return self
+
+    def _map(self, directory: Path, size: int, on_code_written: Callable[[list[int]], None]) -> None:
         self.size = size
         self.pages = size // PAGE_SIZE
         self._directory = directory
@@ -114,6 +147,9 @@ class Memory:
         self._lock = threading.RLock()
         self._store = bytearray(self.pages)
         self._rights = bytearray([ALL_RIGHTS]) * self.pages
+        self._changed: set[int] = set()  # numbers of records
+        self._wipes: list[tuple[int, int, int]] = []  # store, first page, number of pages
+        self._renewed = False
 
     def close(self) -> None:
         """Unmaps the files. Reads and writes after it raise ValueError."""
@@ -142,10 +178,13 @@ class Memory:
                 zero_ram_files(self._directory, self.size)
             self._store = bytearray(self.pages)
             self._rights = bytearray([ALL_RIGHTS]) * self.pages
+            self._changed.clear()
+            self._wipes.clear()
+            self._renewed = True
 
     # ------------------------------------------------------------------------------------------------- protection
 
-    def apply(self, update: ProtectionUpdate, *, reveal: bool = False) -> int:
+    def apply(self, update: ProtectionUpdate, *, reveal: bool = False, wipe: bool = True) -> int:
         """Gives pages a store and rights, and moves their contents there. All or nothing.
 
         Contents move with a page between WRITABLE and SEALED, and to PRIVATE, where the other copies are then zeroed.
@@ -153,6 +192,7 @@ class Memory:
 
         Args:
             reveal: the contents of private pages become VTL0's: VTL1 itself gives them up (TLFS page rights).
+            wipe: False keeps the copies that have to go until wipe(), so that a journal is written before.
 
         Returns:
             The number of pages that changed files.
@@ -177,9 +217,14 @@ class Memory:
                         move(first, 1, old, store, reveal)
                         stores[first] = store
                         moved += 1
+                    elif all_rights[first] == rights:
+                        continue
                     all_rights[first] = rights
+                    self._changed.add(first // RECORD_PAGES)
                     continue
                 end = first + count
+                if stores.count(store, first, end) == all_rights.count(rights, first, end) == count:
+                    continue
                 for span in _SAME_STORE.finditer(bytes(stores[first:end])):
                     old = stores[first + span.start()]
                     length = span.end() - span.start()
@@ -188,7 +233,40 @@ class Memory:
                         moved += length
                 stores[first:end] = store_byte * count
                 all_rights[first:end] = rights_byte * count
+                self._changed.update(range(first // RECORD_PAGES, (end - 1) // RECORD_PAGES + 1))
+            if wipe:
+                self.wipe()
         return moved
+
+    def wipe(self) -> None:
+        """Zeroes the copies that pages left behind where they must leave none."""
+        with self._lock:
+            wipes, self._wipes = self._wipes, []
+            for store, first, count in wipes:
+                self._zero(store, first, count)
+
+    @property
+    def changed(self) -> bool:
+        """Stores or rights differ from what take_records() gave."""
+        return bool(self._changed)
+
+    def take_renewal(self) -> bool:
+        """Whether reset() was called since the last call: earlier records are void."""
+        renewed, self._renewed = self._renewed, False
+        return renewed
+
+    def take_records(self) -> dict[int, bytes]:
+        """The records that changed since the last call: a byte a page with its store, then a byte each with its rights.
+
+        Record n is of RECORD_PAGES pages from n * RECORD_PAGES on. What none tells of is writable with all rights.
+        """
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            return {
+                number: bytes(self._store[first : first + RECORD_PAGES] + self._rights[first : first + RECORD_PAGES])
+                for number in changed
+                for first in (number * RECORD_PAGES,)
+            }
 
     def _check(self, firsts: list[int], counts: list[int], store: int | None, rights: int) -> None:
         if len(firsts) != len(counts):
@@ -207,10 +285,9 @@ class Memory:
         else:
             self._copy(old, new, start, end)
         if old == PRIVATE:
-            self._zero(PRIVATE, first, count)
+            self._wipes.append((PRIVATE, first, count))
         if new == PRIVATE:
-            self._zero(WRITABLE, first, count)
-            self._zero(SEALED, first, count)
+            self._wipes += [(WRITABLE, first, count), (SEALED, first, count)]
 
     def _copy(self, old: int, new: int, start: int, end: int) -> None:
         """Inside the kernel: neither file is mapped page by page for it, and what was never written stays unreal."""

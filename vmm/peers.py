@@ -1,7 +1,8 @@
 """The two levels as the VMM sees them: a vCPU is entered and exits.
 
-One stream a vCPU carries enters and exits. If it breaks, the same enter is sent again on a new stream within a budget:
-by the contract it does nothing twice. What a level answers is checked here; nobody else has to.
+One stream a vCPU carries enters and exits. If it breaks, the level is asked whether it still holds the machine, and the
+same enter is sent again on a new stream, within a budget: by the contract it does nothing twice. A process that was
+restarted and holds nothing is a LevelLost. What a level answers is checked here; nobody else has to.
 """
 
 from __future__ import annotations
@@ -10,25 +11,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import grpc
 import tenacity
 from google.protobuf.message import DecodeError
 
 from vmm.driven import DrivenStream
+from vmm.level import LevelLost
 from vtlab import vcpu_rpc
-from vtlab.errors import Cancelled, GuestMisbehaved, PeerUnavailable, VtlabError
+from vtlab.errors import Cancelled, GuestMisbehaved, NotFound, PeerUnavailable, VtlabError
 from vtlab.run_messages import framed
 from vtlab.status import from_rpc_error, translated
 from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunResponse
 
-# Seconds that Attach, Detach, Kick and GetState may take, and that a broken stream may take to come back.
+# Seconds that Attach, Detach, Kick and GetState may take, and that a process which died may take to be back.
 CALL_TIMEOUT = 30.0
-REDIAL_BUDGET = 3.0
+RESTART_BUDGET = 20.0
 # Bytes of an exit of VTL0, whose process may be hostile: registers, an instruction, some KiB of serial output.
 MAX_GUEST_EXIT = 64 << 10
+
+# What it means that a process holds nothing of the machine, by level.
+_LOST = ("crashed, and VTL0's CPU with it", "was started anew and VTL1 is lost")
+Answer = TypeVar("Answer")
 
 _RUN = f"/{vcpu_rpc.NAME}/Run"
 
@@ -65,8 +72,20 @@ class RemoteLevel:
         vtl: 0 or 1.
     """
 
-    def __init__(self, channel: grpc.Channel, vtl: int, name: str, patience: float | None = None) -> None:
-        """:param patience: seconds within which enter() must be answered; None for ever (a guest runs)."""
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        vtl: int,
+        name: str,
+        patience: float | None = None,
+        restart_budget: float = RESTART_BUDGET,
+    ) -> None:
+        """Args:
+        patience: seconds within which enter() must be answered; None for ever (a guest runs).
+        restart_budget: seconds that the process may be away.
+        """
+        self._restart_budget = restart_budget
+        self._machine: tuple[str, int] | None = None
         self.name = name
         self.vtl = vtl
         self.patience = patience
@@ -76,6 +95,7 @@ class RemoteLevel:
         self._driven: dict[int, DrivenStream] = {}
         self._deadlines: dict[int, float] = {}
         self._lock = threading.Lock()
+        self._hang_ups = 0
         self._closed = False
         self._runs_code = False
         self._listening: Callable[[], object] | None = None
@@ -84,18 +104,62 @@ class RemoteLevel:
 
     def attach(self, request: AttachRequest) -> vcpu_pb2.AttachResponse:
         """Binds the process to a machine. Raises what the process refuses with, or PeerUnavailable."""
-        with translated(self.name):
-            response = self._stub.Attach(request, timeout=CALL_TIMEOUT)
-        # Guest code may run for ever, at every level.
-        self._runs_code = not self.vtl or request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
+        response: vcpu_pb2.AttachResponse = self._when_back(self._stub.Attach, request)
+        self._serves(request)
         return response
 
-    def detach(self, vm: str) -> None:
+    def reconnect(self, request: AttachRequest) -> list[Enter]:
+        """See Level.reconnect."""
+        self._serves(request)
+        return self._where_it_stands()
+
+    def _serves(self, request: AttachRequest) -> None:
+        self._machine = request.vm, request.generation
+        # Guest code may run for ever, at every level.
+        self._runs_code = not self.vtl or request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE
+
+    def _where_it_stands(self) -> list[Enter]:
+        """Raises LevelLost, PeerUnavailable."""
+        assert self._machine is not None, "no machine is attached"
+        vm, generation = self._machine
+        try:
+            answer = self._when_back(self._stub.Reconnect, vcpu_pb2.ReconnectRequest(vm=vm, generation=generation))
+        except NotFound as error:
+            raise LevelLost(self.name, f"{_LOST[self.vtl]}: {error.detail}") from None
+        return list(answer.enters)
+
+    def _when_back(self, method: Callable[..., Any], request: Any) -> Any:
+        """The answer to a call that may be repeated, also of a process that is being restarted."""
+
+        def once() -> Any:
+            with translated(self.name):
+                return method(request, timeout=CALL_TIMEOUT)
+
+        return self._attempts(once)
+
+    def _attempts(self, once: Callable[[], Answer], late: Callable[[], bool] = lambda: False) -> Answer:
+        """Tries until the level is there, the budget is spent or somebody hangs up. Raises as `once`, or Cancelled."""
+        hang_ups = self._hang_ups
+
+        def attempt() -> Answer:
+            if hang_ups != self._hang_ups:
+                raise Cancelled(self.name, "hung up")
+            return once()
+
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self._restart_budget),
+            wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.2),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, PeerUnavailable) and not late()),
+            reraise=True,
+        )
+        return attempts(attempt)
+
+    def detach(self, vm: str, *, reset: bool = False) -> None:
         """Ends the streams and makes the process forget the machine."""
         self._stop_listening()
         self.hang_up()
         with translated(self.name):
-            self._stub.Detach(vcpu_pb2.DetachRequest(vm=vm), timeout=CALL_TIMEOUT)
+            self._stub.Detach(vcpu_pb2.DetachRequest(vm=vm, reset=reset), timeout=CALL_TIMEOUT)
 
     def state(self, vp_index: int) -> ProcessorState:
         """Reads a vCPU that is not running."""
@@ -195,6 +259,7 @@ class RemoteLevel:
     def hang_up(self) -> None:
         """Ends all streams: who waits in enter() gets Cancelled. The next enter() opens a new one."""
         with self._lock:
+            self._hang_ups += 1
             streams: list[_Stream | DrivenStream] = [*self._streams.values(), *self._driven.values()]
             self._streams.clear()
         for stream in streams:
@@ -216,17 +281,13 @@ class RemoteLevel:
         failure = self._translate(first, vp_index)
         if not isinstance(failure, PeerUnavailable) or self._late(vp_index):
             raise failure from None
-        attempts = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(REDIAL_BUDGET),
-            wait=tenacity.wait_random_exponential(multiplier=0.05, max=0.5),
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, PeerUnavailable) and not self._late(vp_index)
-            ),
-            reraise=True,
-        )
-        return attempts(self._once, vp_index, request)
+        return self._attempts(lambda: self._once(vp_index, request), lambda: self._late(vp_index))
 
     def _once(self, vp_index: int, request: bytes) -> bytes:
+        if self._machine is not None:
+            self._where_it_stands()
+        if vp_index in self._deadlines:
+            self._deadlines[vp_index] = time.monotonic() + (self.patience or 0)  # it begins anew
         try:
             return self._open(vp_index).enter(request)
         except grpc.RpcError as error:

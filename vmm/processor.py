@@ -1,7 +1,8 @@
 """One virtual processor of a machine: its number at both levels and what its next enter carries.
 
-run() is the one place through which guest code goes on: the Enter that leaves it is complete (resolution of the open
-exit, then every update that others posted), and nothing else changes that vCPU. A journal of decisions belongs there.
+The Enter that leaves _admit() is complete (resolution of the open exit, then every update that others posted), and
+nothing else changes that vCPU. Updates leave in a transaction: a restarted VMM knows from the journal and from the
+number of the last enter that the level has seen what is still to be sent (vmm.ledger).
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from vmm import plain
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
 from vmm.level import Level
 from vmm.vtl import VTL0, VTL1, VpVtl
 from vtlab.v1 import vcpu_pb2
+from vtlab.v1.journal_pb2 import VcpuRecord
 from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, Resolution, Update
 
 Answer = TypeVar("Answer")
 
 _RESUME = vcpu_pb2.ENTER_REASON_RESUME
+
+
+def _cause(enter: Enter) -> tuple[int, int]:
+    return enter.cause_vp_index, enter.cause
 
 
 class Processor:
@@ -33,7 +40,18 @@ class Processor:
         suspended: how the open exit of each level ends when that level goes on; for levels that are not active.
     """
 
-    def __init__(self, index: int, guest: Level, monitor: Level | None, gate: Gate, vtl: VpVtl) -> None:
+    def __init__(
+        self,
+        index: int,
+        guest: Level,
+        monitor: Level | None,
+        gate: Gate,
+        vtl: VpVtl,
+        serving: threading.RLock | None = None,
+        commit: Callable[[], object] = lambda: None,
+        touch: Callable[[], object] = lambda: None,
+    ) -> None:
+        """The last three are of the board: the lock of who serves exits, Ledger.commit and Ledger.touch."""
         self.index = index
         self.vtl = vtl
         self.watched = Watched(InterceptFilter())
@@ -45,6 +63,14 @@ class Processor:
         self._ready: Callable[[], bool] | None = None
         self._monitor_sequence = 0
         self._gate = gate
+        self._serving = serving or threading.RLock()
+        self._commit = commit
+        self._touch = touch
+        self._first: Enter | None = None
+        self._found_inside = False
+        self._answer = Enter()
+        self._settled = Enter()
+        self._reopened: Enter | None = None
         self._pending: list[Update] = []
         self._pending_upper: list[Update] = []
         self._lock = threading.Lock()
@@ -53,6 +79,7 @@ class Processor:
         """Adds updates to the next enter of a level, in order. Thread-safe; does not make the vCPU exit."""
         with self._lock:
             self._waiting_for(vtl).extend(updates)
+        self._touch()
 
     def post_once(self, update: Update, vtl: int = VTL0) -> None:
         """Adds an update to the next enter of a level, unless the same one waits already. Thread-safe."""
@@ -60,6 +87,7 @@ class Processor:
             waiting = self._waiting_for(vtl)
             if update not in waiting:
                 waiting.append(update)
+        self._touch()
 
     def _waiting_for(self, vtl: int) -> list[Update]:
         return self._pending_upper if vtl else self._pending
@@ -109,11 +137,47 @@ class Processor:
 
     def _admit(self, enter: Enter, vtl: int) -> None:
         """Waits until the vCPU may run at that level; it counts as inside from then on."""
+        if self._found_inside:  # nothing may be added to an enter that is repeated
+            self._found_inside = False
+            return
         ready, self._ready = self._ready, None
         if ready is not None:
             self._gate.wait(self.index, ready)
-        kick_first = self._gate.enter(self.index, enter.sequence, vtl)
-        self._prepare(self._entered, vtl, enter, kick_first)
+        while True:
+            kick_first = self._gate.enter(self.index, enter.sequence, vtl)
+            if not self._waiting_for(vtl):
+                break
+            if self._serving.acquire(blocking=False):
+                try:
+                    self._leave_with(enter, vtl)
+                finally:
+                    self._serving.release()
+                break
+            self._gate.back_out(self.index)  # who serves may wait for this vCPU to be outside
+            with self._serving:
+                self._leave_with(enter, vtl)
+        if kick_first:
+            self._entered.kick(self.index, enter.sequence)
+
+    def _leave_with(self, enter: Enter, vtl: int) -> None:
+        self._take_waiting(enter, vtl)
+        self._answer = enter
+        self._commit()
+
+    def _take_waiting(self, enter: Enter, vtl: int) -> None:
+        with self._lock:
+            waiting = self._waiting_for(vtl)
+            enter.updates.extend(waiting)
+            waiting.clear()
+
+    def answers(self, enter: Enter) -> None:
+        """That enter follows from the exit that was served; what waits goes with it. To be committed at once."""
+        own = list(enter.updates)
+        del enter.updates[:]
+        self._take_waiting(enter, self.vtl.active)
+        enter.updates.extend(own)
+        self._answer = enter
+        self._settled = Enter()
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """The next enter waits for that first, unless an interrupt for VTL1 comes or somebody holds the gate."""
@@ -150,7 +214,13 @@ class Processor:
         self.resumed += 1
         resolution, self.suspended[VTL0] = self.suspended[VTL0], None
         enter = Enter(vp_index=self.index, sequence=self.resumed, reason=_RESUME, resolution=resolution)
-        self._prepare(self._guest, VTL0, enter, True)
+        self._take_waiting(enter, VTL0)
+        self._settled = enter
+        self._commit()
+        return self._apply_below(enter)
+
+    def _apply_below(self, enter: Enter) -> Exit:
+        self._guest.kick(self.index, enter.sequence)
         return self._guest.enter(enter)
 
     @property
@@ -160,16 +230,6 @@ class Processor:
         ended = resolution is None or resolution.action == vcpu_pb2.ACTION_RETRY
         return ended and not self._pending
 
-    def _prepare(self, level: Level, vtl: int, enter: Enter, kick_first: bool) -> None:
-        """Puts what waits into an enter that is about to leave."""
-        pending = self._pending_upper if vtl else self._pending
-        if pending:
-            with self._lock:
-                enter.updates.extend(pending)
-                pending.clear()
-        if kick_first:
-            level.kick(self.index, enter.sequence)
-
     def kick(self, sequence: int) -> bool:
         """Makes the enter that is being run exit soon."""
         return self._entered.kick(self.index, sequence)
@@ -177,14 +237,95 @@ class Processor:
     def run_monitor(self, enter: Enter) -> Exit:
         """Runs VTL1 as a policy until its next exit; fills in vCPU and number.
 
+        What VTL1 was doing about the same cause when the VMM died is taken up instead.
+
         Raises:
             PeerUnavailable: there is no monitor, it is gone, or it does not answer in time.
             GuestMisbehaved: see Level.enter.
         """
+        reopened, self._reopened = self._reopened, None
+        if reopened is not None and enter.cause and _cause(reopened) == _cause(enter):
+            return self._require_monitor().enter(reopened)
         self._monitor_sequence += 1
         enter.vp_index = self.index
         enter.sequence = self._monitor_sequence
         return self._require_monitor().enter(enter)
+
+    # ------------------------------------------------------------------------------------------- after a VMM's death
+
+    def record(self) -> VcpuRecord:
+        """What the journal keeps."""
+        with self._lock:
+            return VcpuRecord(
+                vtl=plain.dump(self.vtl),
+                watched=self.watched.filter,
+                pending=self._pending,
+                pending_upper=self._pending_upper,
+                suspended=self.suspended[VTL0],
+                suspended_upper=self.suspended[VTL1],
+                halted=self._gate.halted(self.index),
+                answer=self._answer,
+                settled=self._settled,
+            )
+
+    def restore(self, record: VcpuRecord) -> None:
+        """The inverse of record(). Raises ValueError."""
+        plain.load(self.vtl, record.vtl)
+        self.watched = Watched(record.watched)
+        self._pending[:] = record.pending
+        self._pending_upper[:] = record.pending_upper
+        self.suspended = [
+            record.suspended if record.HasField("suspended") else None,
+            record.suspended_upper if record.HasField("suspended_upper") else None,
+        ]
+        self._answer, self._settled = record.answer, record.settled
+
+    def reconnect(self, guest: Enter, monitor: Enter | None) -> None:
+        """Where the levels stand: decides with which enter the vCPU goes on.
+
+        An answer that the journal has and the level has not seen is sent; else the level's last enter is repeated, and
+        its exit served, again or for the first time.
+
+        Args:
+            guest, monitor: the last enter that each has accepted, empty if none; None without a monitor.
+        """
+        self.resumed = guest.sequence
+        self._monitor_sequence = monitor.sequence if monitor else 0
+        seen = monitor if self.vtl.active == VTL1 and monitor else guest
+        if self._answer.sequence == seen.sequence + 1:
+            self._first = self._answer
+            if self.vtl.active == VTL1:
+                self._monitor_sequence = self._first.sequence
+            else:
+                self.resumed = self._first.sequence
+        elif seen.sequence:
+            self._first, self._found_inside = seen, True
+            self._gate.found_inside(self.index, seen.sequence, self.vtl.active)
+        self._reopened = monitor if monitor and monitor.sequence else None
+
+    def first(self) -> Enter:
+        """The enter with which its thread begins."""
+        first, self._first = self._first, None
+        return first or self.resume()
+
+    @property
+    def reopened(self) -> Enter | None:
+        """The enter of a policy at VTL1 that is not known to be over."""
+        return self._reopened
+
+    def run_reopened(self) -> Exit:
+        """Its exit. Raises as run_monitor()."""
+        reopened, self._reopened = self._reopened, None
+        assert reopened is not None, "nothing is open"
+        return self._require_monitor().enter(reopened)
+
+    def run_settled(self) -> Exit | None:
+        """The exit of a settle() that is not known to be over, if there is one. Raises as settle()."""
+        settled, self._settled = self._settled, Enter()
+        if not settled.sequence or settled.sequence < self.resumed:
+            return None
+        self.resumed = settled.sequence
+        return self._apply_below(settled)
 
     def _require_monitor(self) -> Level:
         assert self._monitor is not None, "VTL1 was enabled without a monitor"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 
-from vmm.board import Answer, Board, Ending, failed
+from vmm.board import Answer, Board, Ending, failed, reset_wanted
 from vmm.exits import serve
+from vmm.level import LevelLost
 from vmm.processor import Processor
 from vtlab.errors import Cancelled, VtlabError
 from vtlab.v1 import vmm_pb2
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 def run(board: Board, processor: Processor) -> Ending:
     """Runs a vCPU until the machine ends, is reset, or is told to stop. Never raises."""
     try:
-        first = processor.resume()
+        first = processor.first()
         if not board.guest_code:
             return processor.drive(first, lambda exit_: serve(board, processor, exit_))
         answer: Answer = first
@@ -31,6 +32,8 @@ def run(board: Board, processor: Processor) -> Ending:
         return answer
     except Cancelled as error:
         return Ending(vmm_pb2.MACHINE_STATE_UNSPECIFIED, str(error))
+    except LevelLost as error:
+        return reset_wanted(board.spec, str(error))
     except VtlabError as error:
         return failed(str(error))
     except Exception as error:  # noqa: BLE001 - a defect must end the machine, not leave it half alive

@@ -6,6 +6,7 @@ import logging
 
 import grpc
 
+from vmm.journal import Journal
 from vmm.machines import Machines
 from vmm.peers import RemoteLevel
 from vmm.service import VmmService
@@ -48,10 +49,13 @@ def main(config: ServerConfig) -> None:
     """Serves until SIGTERM; then every machine is destroyed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     levels = Levels(config)
-    machines = Machines(config.state, levels)
+    journal = Journal(config.state / "journal.sqlite")
+    machines = Machines(config.state, levels, journal)
+    machines.revive()
     server = serve(config, lambda target: vmm_pb2_grpc.add_VmmServiceServicer_to_server(VmmService(machines), target))
     try:
         server.wait()
     finally:
         machines.close()
         levels.close()
+        journal.close()

@@ -6,6 +6,7 @@ program below. Nothing of VTL0 runs on this vCPU meanwhile, and if no answer com
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 from vmm.board import Answer, Board, reset_wanted, stopped, succeeded
@@ -21,16 +22,25 @@ from vtlab.v1.vcpu_pb2 import Enter, Exit, PeerUpdate, Resolution, Update, VtlRe
 from vtlab.x86.registers import Msr
 
 
-def enter_vtl1(board: Board, processor: Processor, enter: Enter) -> VtlReturn:
+def enter_vtl1(board: Board, processor: Processor, enter: Enter, cause: Exit | None = None) -> VtlReturn:
     """Runs VTL1 until it returns to VTL0, serving what it asks for.
+
+    Args:
+        cause: the exit of VTL0 that it is about; None if a client is the reason.
 
     Raises:
         PeerUnavailable: the monitor is gone or silent.
         GuestMisbehaved: it exits with something that VTL1 cannot ask for.
     """
+    if cause is not None:
+        enter.cause, enter.cause_vp_index = cause.sequence, cause.vp_index
+    return _until_return(board, processor, processor.run_monitor(enter), enter)
+
+
+def _until_return(board: Board, processor: Processor, exit_: Exit, enter: Enter) -> VtlReturn:
+    """From the exit that answers an enter of VTL1 on."""
     processor.vtl.active = VTL1
     while True:
-        exit_ = processor.run_monitor(enter)
         kind = exit_.WhichOneof("reason")
         if kind == "vtl_return":
             processor.vtl.active = VTL0
@@ -42,15 +52,32 @@ def enter_vtl1(board: Board, processor: Processor, enter: Enter) -> VtlReturn:
             status = HvStatus.SUCCESS
         except BadArgument:
             status = HvStatus.INVALID_PARAMETER
-        enter = Enter(reason=vcpu_pb2.ENTER_REASON_RESUME, status=status)
+        enter = Enter(
+            reason=vcpu_pb2.ENTER_REASON_RESUME,
+            status=status,
+            cause=enter.cause,
+            cause_vp_index=enter.cause_vp_index,
+        )
+        exit_ = processor.run_monitor(enter)
 
 
-def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> None:
-    """Applies what VTL1 wants for VTL0: page rights to memory first; all of it rides on the next enter.
+def finish_reopened(board: Board, processor: Processor) -> VtlReturn | None:
+    """Has VTL1 end what a client had it do when the VMM died; what VTL0 had it do is taken up with VTL0's exit."""
+    reopened = processor.reopened
+    if reopened is None or reopened.cause:
+        return None
+    answer = _until_return(board, processor, processor.run_reopened(), reopened)
+    processor.post(*take_updates(board, processor, answer))
+    return answer
+
+
+def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> list[Update]:
+    """Applies what VTL1 wants for VTL0. Gives what concerns this vCPU alone, for its next enter.
 
     Raises:
         BadArgument: page rights that cannot be given. VTL1 cannot be told any more, so the machine has to stop.
     """
+    rest = []
     for update in answer.updates:
         kind = update.WhichOneof("change")
         if kind == "protection":
@@ -58,11 +85,14 @@ def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> None:
             continue
         if kind == "intercepts":
             processor.watched = Watched(update.intercepts)
-        processor.post(update)
+            processor.post(update)  # behind what waits: the last filter counts
+            continue
+        rest.append(update)
     if answer.peers:
         with board.gate.none_inside() if answer.stop_all else nullcontext():
             for peer in answer.peers:
                 _take_peer_update(board, peer)
+    return rest
 
 
 def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
@@ -76,31 +106,37 @@ def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
 
 def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
     """Has VTL1 judge an exit of VTL0."""
-    return conclude(board, processor, judged(board, processor, exit_))
+    resolution, updates = _verdict(board, processor, exit_, exit_)
+    return conclude(board, processor, resolution, updates)
 
 
-def judged(board: Board, processor: Processor, exit_: Exit) -> Resolution:
-    """VTL1's verdict on an exit of VTL0; what it wants programmed is."""
+def judged(board: Board, processor: Processor, exit_: Exit, cause: Exit) -> Resolution:
+    """VTL1's verdict on what an exit of VTL0 asks for besides; what it wants programmed is."""
+    resolution, updates = _verdict(board, processor, exit_, cause)
+    processor.post(*updates)
+    return resolution
+
+
+def _verdict(board: Board, processor: Processor, exit_: Exit, cause: Exit) -> tuple[Resolution, list[Update]]:
     enter = Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT)
     enter.intercept.CopyFrom(exit_)
-    answer = enter_vtl1(board, processor, enter)
+    answer = enter_vtl1(board, processor, enter, cause)
     if answer.HasField("stand_down"):
         raise GuestMisbehaved(f"VTL1 of {board.vm}", "stands down though no VTL call asked for it")
     resolution = answer.resolution
     board.events.record(
         vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, exit_.sequence, weight=512
     )
-    take_updates(board, processor, answer)
-    return resolution
+    return resolution, take_updates(board, processor, answer)
 
 
-def conclude(board: Board, processor: Processor, resolution: Resolution) -> Answer:
+def conclude(board: Board, processor: Processor, resolution: Resolution, updates: Iterable[Update] = ()) -> Answer:
     """What a verdict means for the vCPU."""
     if resolution.action == vcpu_pb2.ACTION_HALT:
         return stopped(f"halted by VTL1: {resolution.reason}")
     if resolution.action == vcpu_pb2.ACTION_RESET:
         return reset_wanted(board.spec, f"reset by VTL1: {resolution.reason}")
-    return processor.resume(resolution)
+    return processor.resume(resolution, updates)
 
 
 def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> Answer:
@@ -111,26 +147,26 @@ def vtl_call(board: Board, processor: Processor, exit_: Exit, control: int) -> A
     board.log_vtl(processor, VTL0, "call", code)
     enter = Enter(reason=vcpu_pb2.ENTER_REASON_VTL_CALL)
     enter.registers.CopyFrom(exit_.registers)
-    answer = enter_vtl1(board, processor, enter)
+    answer = enter_vtl1(board, processor, enter, exit_)
     if answer.HasField("stand_down"):
         board.over = True
         board.log_vtl(processor, VTL1, "stand-down", code)
         return succeeded(answer.stand_down)
-    take_updates(board, processor, answer)
+    updates = take_updates(board, processor, answer)
     board.log_vtl(processor, VTL1, "return", code)
     if answer.resolution.action in (vcpu_pb2.ACTION_HALT, vcpu_pb2.ACTION_RESET):
         return conclude(board, processor, answer.resolution)
-    return processor.resume(SKIP)
+    return processor.resume(SKIP, updates)
 
 
 def enable_vtl1(board: Board, processor: Processor, exit_: Exit, registers: list[RegisterValue], pat: int) -> bool:
     """HvCallEnableVpVtl, rules checked: VTL1 starts on that vCPU with that context. False if VTL1 denies."""
     updates = [Update(register=value) for value in registers] + [Update(msr=MsrValue(index=Msr.PAT, value=pat))]
     enter = Enter(reason=vcpu_pb2.ENTER_REASON_ENABLE, registers=exit_.registers, intercept=exit_, updates=updates)
-    answer = enter_vtl1(board, processor, enter)
+    answer = enter_vtl1(board, processor, enter, exit_)
     if answer.resolution.action == vcpu_pb2.ACTION_DENY:
         return False
     processor.vtl.enabled |= 1 << VTL1
-    take_updates(board, processor, answer)
+    processor.post(*take_updates(board, processor, answer))
     board.log_vtl(processor, VTL0, "enable-vp", VTL1)
     return True

@@ -80,6 +80,7 @@ def to_vtl1(
 ) -> Enter:
     """The enter of VTL1 after an exit of VTL0, which will end with `resolution`."""
     board.gate.take_interrupt(processor.index)  # VTL1 sees for itself what waits
+    board.ledger.touch()
     processor.suspended[VTL0] = resolution
     processor.vtl.active = VTL1
     vina.entered(processor)
@@ -93,6 +94,7 @@ def to_vtl1(
 def _to_vtl0(board: Board, processor: Processor) -> Enter:
     processor.vtl.active = VTL0
     vina.left(processor)
+    board.ledger.touch()
     if processor.vtl.release_tlb_lock():
         board.gate.changed()
     ending, processor.suspended[VTL0] = processor.suspended[VTL0], None

@@ -21,6 +21,11 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
         self._guest.attach(request)
         return vcpu_pb2.AttachResponse()
 
+    def Reconnect(
+        self, request: vcpu_pb2.ReconnectRequest, context: grpc.ServicerContext
+    ) -> vcpu_pb2.ReconnectResponse:
+        return vcpu_pb2.ReconnectResponse(enters=self._guest.reconnect(request.vm, request.generation))
+
     def Detach(self, request: vcpu_pb2.DetachRequest, context: grpc.ServicerContext) -> vcpu_pb2.DetachResponse:
         self._guest.detach(request.vm)
         return vcpu_pb2.DetachResponse()

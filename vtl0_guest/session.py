@@ -75,6 +75,13 @@ class Guest:
             self._attached = _Attached(request, level)
             level.watch(self._woken)
 
+    def reconnect(self, vm: str, generation: int) -> list[vcpu_pb2.Enter]:
+        """The last enter of each vCPU. Raises NotFound unless that generation of the machine is attached."""
+        attached = self._attached
+        if attached is None or (attached.request.vm, attached.request.generation) != (vm, generation):
+            raise NotFound(f"generation {generation} of machine {vm}", "is not attached to this process")
+        return [vcpu.last_enter for vcpu in attached.vcpus]
+
     def _is_repeated(self, attached: _Attached, request: vcpu_pb2.AttachRequest) -> bool:
         old = attached.request
         if request.vm != old.vm:

@@ -94,6 +94,11 @@ class GuestCode:
         clock = self._core.reference
         return vcpu_pb2.ReferenceClock(scale=clock.scale, offset=clock.offset, tsc_hz=clock.tsc_hz)
 
+    @property
+    def last_enters(self) -> list[vcpu_pb2.Enter]:
+        """Of each vCPU, the last one that was accepted."""
+        return [vcpu.last_enter for vcpu in self._vcpus]
+
     def answer(self, enter: vcpu_pb2.Enter) -> bytes:
         """Executes an enter of a vCPU that exists. Raises as Session.answer()."""
         exit_ = self._vcpus[enter.vp_index].answer(enter)

@@ -167,6 +167,19 @@ class Machine:
         if owner is None:
             self.turn.notify_all()
 
+    @property
+    def judging(self) -> object:
+        """What judging an exit can change: equal before and after means that it has changed nothing."""
+        return (
+            self.memory.version,
+            len(self.grants),
+            self.filter_version,
+            self.strict_version,
+            self.broken,
+            [(one.locked, one.filter_version, one.keeps_pins, sorted(one.window)) for one in self.processors],
+            dict(self.locked_values),
+        )
+
     # ------------------------------------------------------------------------------------- what the judge asks
 
     @property

@@ -46,6 +46,7 @@ class GuestMemory:
     Attributes:
         size: bytes of RAM.
         codes: one byte a page (vtl1_monitor.rights).
+        version: counts calls of record().
     """
 
     def __init__(self, ram: Ram) -> None:
@@ -53,9 +54,21 @@ class GuestMemory:
         self.size = ram.size
         self.pages = ram.size // PAGE_SIZE
         self.codes = bytearray([rights.INITIAL]) * self.pages
+        self.version = 0
         self._owners = array("H", bytes(2 * self.pages))
         self._owner_names: list[str] = [""]
         self._owner_numbers: dict[str, int] = {"": 0}
+
+    def owners(self) -> tuple[bytes, list[str]]:
+        """Which rule owns each page, as numbers (u16 a page) and their names."""
+        return self._owners.tobytes(), list(self._owner_names)
+
+    def set_owners(self, owners: tuple[bytes, list[str]]) -> None:
+        """The inverse of owners()."""
+        numbers, names = owners
+        self._owners = array("H", numbers)
+        self._owner_names = list(names)
+        self._owner_numbers = {name: number for number, name in enumerate(names)}
 
     def code(self, gfn: int) -> int | None:
         """Code of a page; None outside RAM."""
@@ -127,6 +140,7 @@ class GuestMemory:
 
     def record(self, changes: Iterable[Change], scattered: Iterable[Scattered] = ()) -> None:
         """Notes that the changes hold on every vCPU."""
+        self.version += 1
         for (first, count), code, owner in changes:
             self.codes[first : first + count] = bytes([code]) * count
             self._owners[first : first + count] = array("H", [self._owner_number(owner)]) * count

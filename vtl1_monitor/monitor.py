@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from vtl1_monitor import snapshot
 from vtl1_monitor.api import CodeRule
+from vtl1_monitor.keeper import Keeper, after_interruption
 from vtl1_monitor.machine import Machine
 from vtl1_monitor.memory import GuestMemory
 from vtl1_monitor.personality import PolicyProcessor
@@ -18,7 +21,9 @@ from vtl1_monitor.policy.problems import PolicyProblems
 from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.resolve import resolve
 from vtl1_monitor.policy.text import PolicyText, parse
-from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, WrongState
+from vtl1_monitor.sealed import BrokenSeal, SealedStore
+from vtl1_monitor.snapshot import Sealed
+from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, VtlabError, WrongState
 from vtlab.ram import TURN_FILE, Ram, RamFile
 from vtlab.session import Session
 from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
@@ -27,6 +32,8 @@ from vtlab.vcpu import Wakes
 if TYPE_CHECKING:
     from vtl1_monitor.guest_code import GuestCode
 
+_log = logging.getLogger(__name__)
+
 VTL = 1
 MAX_PROCESSORS = 64
 
@@ -34,8 +41,11 @@ MAX_PROCESSORS = 64
 class Monitor:
     """Guards one machine at a time, like any process that serves one level."""
 
-    def __init__(self, rules: Iterable[CodeRule] = ()) -> None:
+    def __init__(self, rules: Iterable[CodeRule] = (), store: SealedStore | None = None) -> None:
+        """:param store: what a monitor that takes this one's place goes on with; None: nothing outlives it."""
         self._rules = tuple(rules)
+        self._keeper = Keeper(store) if store is not None else None
+        self._loss = ""
         self._lock = threading.Lock()
         self._machine: Machine | None = None
         self._sessions: list[Session] = []
@@ -69,12 +79,55 @@ class Monitor:
             machine.override = self._overrides.get(request.vm)
             self._machine = machine
             self._code = code
-            if code is not None:
-                return
-            self._sessions = [
-                Session(f"vCPU {index} of VTL1", PolicyProcessor(machine, index).run)
-                for index in range(request.vp_count)
-            ]
+            self._loss = ""
+            if code is None:
+                self._serve(machine)
+                if self._keeper is not None:
+                    self._keeper.attached(request, machine)
+
+    def _serve(self, machine: Machine) -> list[PolicyProcessor]:
+        count = len(machine.processors)
+        processors = [PolicyProcessor(machine, index, self._keep) for index in range(count)]
+        self._sessions = [Session(f"vCPU {index} of VTL1", one.run) for index, one in enumerate(processors)]
+        return processors
+
+    def _keep(self, vp_index: int, enter: vcpu_pb2.Enter, exit_: vcpu_pb2.Exit) -> None:
+        if self._keeper is not None and self._machine is not None:
+            self._keeper.answered(self._machine, self._sessions, vp_index, enter, exit_)
+
+    def restore(self) -> None:
+        """Goes on where the monitor before this one died. What cannot be restored is told to whoever asks for it."""
+        if self._keeper is None:
+            return
+        try:
+            sealed = self._keeper.load()
+            if sealed is not None:
+                self._overrides = {vm: parse(text, name) for vm, (text, name) in sealed.overrides.items()}
+                if sealed.request:
+                    self._restore_machine(sealed)
+        except (BrokenSeal, VtlabError, PolicyProblems, OSError, ValueError) as error:
+            _log.error("VTL1 cannot be restored: %s", error)
+            self._loss = str(error)
+            self._keeper.wipe()
+
+    def _restore_machine(self, sealed: Sealed) -> None:
+        machine = self._create(vcpu_pb2.AttachRequest.FromString(sealed.request))
+        try:
+            snapshot.load(machine, sealed.machine)
+            processors = self._serve(machine)
+            for session, kept in zip(self._sessions, sealed.sessions, strict=False):
+                session.restore(*kept)
+            for session in self._sessions[len(sealed.sessions) :]:
+                session.restore(0, b"", b"")
+            interrupted = sealed.interrupted
+            if interrupted is not None:
+                undo = after_interruption(machine, interrupted)
+                processors[interrupted.vp_index].take_up(vcpu_pb2.Enter.FromString(interrupted.enter), undo)
+        except BaseException:
+            machine.memory.ram.close()
+            self._sessions = []
+            raise
+        self._machine = machine
 
     def _create(self, request: vcpu_pb2.AttachRequest) -> Machine:
         if not request.vm:
@@ -98,18 +151,38 @@ class Monitor:
         code = self._code
         return code.reference() if code is not None else None
 
-    def detach(self, vm: str) -> None:
-        """Wipes VTL1's memory and keys and forgets the machine. Raises NotFound."""
+    def reconnect(self, vm: str, generation: int) -> list[vcpu_pb2.Enter]:
+        """The last enter of each vCPU. Raises NotFound unless that generation of the machine is attached."""
+        machine, code = self._machine, self._code
+        if machine is None or (machine.vm, machine.generation) != (vm, generation):
+            why = self._loss or "is not attached to this process"
+            raise NotFound(f"generation {generation} of machine {vm}", why)
+        return code.last_enters if code is not None else [session.last_enter for session in self._sessions]
+
+    def detach(self, vm: str, *, reset: bool = False) -> None:
+        """Wipes VTL1's memory and keys and forgets the machine, but for its operator's policy if it is reset.
+
+        Raises NotFound.
+        """
         with self._lock:
             self._require(vm)
             self._close()
-            self._overrides.pop(vm, None)
+            if not reset:
+                self._overrides.pop(vm, None)
+            if self._keeper is not None:
+                self._keeper.sealed.overrides = self._policies()
+                self._keeper.detached()
+
+    def _policies(self) -> dict[str, tuple[str, str]]:
+        return {vm: (policy.text, policy.file_name) for vm, policy in self._overrides.items()}
 
     def close(self) -> None:
         """Wipes whatever is attached."""
         with self._lock:
             self._silence.close()
             self._close()
+            if self._keeper is not None:
+                self._keeper.wipe()
 
     def _close(self) -> None:
         code, self._code = self._code, None
@@ -185,6 +258,7 @@ class Monitor:
                 state = "locked" if machine.locked else "taken by the guest"
                 raise WrongState(f"policy of {vm}", state=f"it is {state}", operation="replace it")
             machine.override = self._overrides[vm] = parsed
+            self._keep_operators(machine)
             return machine.status()
 
     def lock_policy(self, vm: str) -> monitor_pb2.PolicyStatus:
@@ -192,7 +266,14 @@ class Monitor:
         machine = self._require(vm)
         with machine.turn:
             machine.operator_locked = True
+            self._keep_operators(machine)
             return machine.status()
+
+    def _keep_operators(self, machine: Machine) -> None:
+        """What an operator did outlives this process, if it lives to say so. The machine's turn is held."""
+        if self._keeper is not None:
+            machine.wait_for_turn(None)
+            self._keeper.changed(machine, self._policies())
 
     def check_policy(self, vm: str, text: str, file_name: str) -> monitor_pb2.CheckPolicyResponse:
         """Problems, or the rules that the text means. Without a machine only the text is checked."""

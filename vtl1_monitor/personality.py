@@ -21,8 +21,9 @@ from vtl1_monitor.services.guard import guard
 from vtl1_monitor.services.startup import fetch_outside
 from vtl1_monitor.services.table import serve
 from vtl1_monitor.state_load import restored
-from vtl1_monitor.steps import ProtectFailed, Steps
+from vtl1_monitor.steps import ProtectFailed, Steps, protect
 from vtlab.errors import WrongState
+from vtlab.services import Service
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 VTL = 1
@@ -31,11 +32,16 @@ _GUARD = -1
 _STARTUP = -2
 
 
+Keep = Callable[[int, vcpu_pb2.Enter, vcpu_pb2.Exit], object]
+
+
 class PolicyProcessor:
     """One vCPU of VTL1. All of a machine share its Machine; while one is in a service, the others wait."""
 
-    def __init__(self, machine: Machine, vp_index: int) -> None:
+    def __init__(self, machine: Machine, vp_index: int, keep: Keep = lambda *_: None) -> None:
+        """:param keep: has what must outlive this process written down before the exit leaves it."""
         self._machine = machine
+        self._keep = keep
         self._vp_index = vp_index
         self._steps: Steps | None = None
         self._call: Call | None = None
@@ -50,14 +56,44 @@ class PolicyProcessor:
                 reason = vcpu_pb2.EnterReason.Name(enter.reason)
                 state = "a service waits for its protection" if self._steps is not None else "it waits for VTL0"
                 raise WrongState(f"vCPU {self._vp_index} of VTL1", state=state, operation=f"be entered with {reason}")
-            return handler(self, enter).SerializeToString()
+            before = machine.judging if enter.reason in _JUDGING else None
+            exit_ = handler(self, enter)
+            idle = before is not None and before == machine.judging and not exit_.HasField("protect")
+            if not idle and not (
+                enter.reason == vcpu_pb2.ENTER_REASON_VTL_CALL and enter.registers.rdi == Service.PING
+            ):
+                self._keep(self._vp_index, enter, exit_)
+            return exit_.SerializeToString()
+
+    def take_up(self, enter: vcpu_pb2.Enter, undo: list[Change]) -> None:
+        """A service that waited for protections when the monitor died begins anew with the next RESUME.
+
+        Args:
+            enter: that it began with.
+            undo: what it had closed, which it must find as it was.
+        """
+
+        def again() -> Steps:
+            yield vcpu_pb2.Protect()  # not sent: the one that was open is answered by the RESUME
+            yield from protect(self._machine.memory, undo)
+            return (yield from steps)
+
+        self._call, steps = _BEGINNINGS[enter.reason](self, enter)
+        self._call.again = True
+        self._steps = again()
+        next(self._steps)
+        self._machine.serve_for(self)
 
     def _vtl_call(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
-        self._call = Call(self._machine, self._vp_index, enter.registers.rdi, enter.registers)
+        self._call, steps = self._begin_call(enter)
         if self._machine.broken:
             return self._halted()
-        self._steps = serve(self._call)
+        self._steps = steps
         return self._advance(None)
+
+    def _begin_call(self, enter: vcpu_pb2.Enter) -> tuple[Call, Steps]:
+        call = Call(self._machine, self._vp_index, enter.registers.rdi, enter.registers)
+        return call, serve(call)
 
     def _resume(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
         return self._advance(enter.status)
@@ -133,8 +169,7 @@ class PolicyProcessor:
             raise WrongState(f"vCPU {self._vp_index} of VTL1", f"entered with a write whose origin is {origin}")
         load = intercept.state_load
         if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_STARTUP_END:
-            self._call = Call(self._machine, self._vp_index, _STARTUP, intercept.registers)
-            self._steps = fetch_outside(self._call, intercept)
+            self._call, self._steps = self._begin_startup(enter)
             return self._advance(None)
         verdict = self._machine.judge(self._vp_index, intercept)
         updates = []
@@ -143,6 +178,10 @@ class PolicyProcessor:
         if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and verdict.allowed:
             updates.append(restored(load))
         return self._vtl_return(verdict.resolution, updates)
+
+    def _begin_startup(self, enter: vcpu_pb2.Enter) -> tuple[Call, Steps]:
+        call = Call(self._machine, self._vp_index, _STARTUP, enter.intercept.registers)
+        return call, fetch_outside(call, enter.intercept)
 
     def _opened(self, fault: vcpu_pb2.MemoryFault) -> vcpu_pb2.Update:
         """A rule with `log` was broken: its page has the missing right from here on."""
@@ -158,9 +197,12 @@ class PolicyProcessor:
         """By the guest's hypercall, after which it calls; or by an operator, which guards it at once."""
         if enter.intercept.origin != vcpu_pb2.ORIGIN_CLIENT:
             return self._vtl_return(None, [])
-        self._call = Call(self._machine, self._vp_index, _GUARD, enter.registers)
-        self._steps = guard(self._call)
+        self._call, self._steps = self._begin_guard(enter)
         return self._advance(None)
+
+    def _begin_guard(self, enter: vcpu_pb2.Enter) -> tuple[Call, Steps]:
+        call = Call(self._machine, self._vp_index, _GUARD, enter.registers)
+        return call, guard(call)
 
     def _vtl_return(self, resolution: vcpu_pb2.Resolution | None, updates: list[vcpu_pb2.Update]) -> vcpu_pb2.Exit:
         pending = self._machine.pending_filter(self._vp_index)
@@ -193,6 +235,14 @@ _RIGHT: dict[int, int] = {
     vcpu_pb2.ACCESS_KIND_EXECUTE: rights.KERNEL_EXECUTE | rights.USER_EXECUTE,
 }
 
+# Enters that judge, and change what VTL1 knows only in what Machine.judging tells of.
+_JUDGING = frozenset({vcpu_pb2.ENTER_REASON_INTERCEPT, vcpu_pb2.ENTER_REASON_CLIENT_WRITE})
+# reason of the enter that a service begins with -> the service
+_BEGINNINGS: dict[int, Callable[[PolicyProcessor, vcpu_pb2.Enter], tuple[Call, Steps]]] = {
+    vcpu_pb2.ENTER_REASON_VTL_CALL: PolicyProcessor._begin_call,
+    vcpu_pb2.ENTER_REASON_ENABLE: PolicyProcessor._begin_guard,
+    vcpu_pb2.ENTER_REASON_INTERCEPT: PolicyProcessor._begin_startup,
+}
 # (a service waits, reason) -> what to do. All other pairs are refused.
 _HANDLERS: dict[tuple[bool, int], Callable[[PolicyProcessor, vcpu_pb2.Enter], vcpu_pb2.Exit]] = {
     (False, vcpu_pb2.ENTER_REASON_VTL_CALL): PolicyProcessor._vtl_call,

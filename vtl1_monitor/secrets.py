@@ -31,6 +31,15 @@ class Secrets:
         self._own = bytearray(SIZE)
         self._store(_MAGIC, os.urandom(32), 0, bytes(NONCE_SIZE), 0)
 
+    @property
+    def block(self) -> bytes:
+        """All of it, for VTL1's sealed store."""
+        return self._read()
+
+    @block.setter
+    def block(self, data: bytes) -> None:
+        self._write(data)
+
     def fresh_nonce(self) -> bytes:
         """A nonce that was never given before, unpredictable to VTL0; the one before is void."""
         magic, key, counter, _, _ = self._load()
@@ -50,11 +59,12 @@ class Secrets:
         self._write(bytes(SIZE))
 
     def _load(self) -> tuple[bytes, bytes, int, bytes, int]:
+        return _LAYOUT.unpack(self._read()[: _LAYOUT.size])
+
+    def _read(self) -> bytes:
         if self._ram is None or self.gpa is None:
-            data = bytes(self._own)
-        else:
-            data = self._ram.views[RamFile.PRIVATE][self.gpa : self.gpa + SIZE]
-        return _LAYOUT.unpack(data[: _LAYOUT.size])
+            return bytes(self._own)
+        return self._ram.views[RamFile.PRIVATE][self.gpa : self.gpa + SIZE]
 
     def _store(self, *fields: object) -> None:
         self._write(_LAYOUT.pack(*fields).ljust(SIZE, b"\0"))

@@ -6,6 +6,7 @@ import grpc
 
 from vtl1_monitor.api import load_rules
 from vtl1_monitor.monitor import Monitor
+from vtl1_monitor.sealed import SealedStore
 from vtl1_monitor.service import MonitorService, VcpuService
 from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
@@ -16,7 +17,8 @@ from vtlab.v1 import monitor_pb2_grpc
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
     switch_threads_soon()
-    monitor = Monitor(load_rules(config.rules))
+    monitor = Monitor(load_rules(config.rules), SealedStore(config.state))
+    monitor.restore()
 
     def register(server: grpc.Server) -> None:
         vcpu_rpc.add_to_server(VcpuService(monitor), server)

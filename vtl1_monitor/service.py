@@ -30,8 +30,13 @@ class VcpuService(vcpu_pb2_grpc.VcpuServiceServicer):
         self._monitor.attach(request)
         return vcpu_pb2.AttachResponse(reference=self._monitor.reference())
 
+    def Reconnect(
+        self, request: vcpu_pb2.ReconnectRequest, context: grpc.ServicerContext
+    ) -> vcpu_pb2.ReconnectResponse:
+        return vcpu_pb2.ReconnectResponse(enters=self._monitor.reconnect(request.vm, request.generation))
+
     def Detach(self, request: vcpu_pb2.DetachRequest, context: grpc.ServicerContext) -> vcpu_pb2.DetachResponse:
-        self._monitor.detach(request.vm)
+        self._monitor.detach(request.vm, reset=request.reset)
         return vcpu_pb2.DetachResponse()
 
     def Run(self, enters: Iterator[Enter], context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]

@@ -43,6 +43,19 @@ class TableGuard:
         """Roots as in CR3."""
         return frozenset(root * PAGE_SIZE for root in self.roots)
 
+    def recount(self) -> None:
+        """References as the tables in memory have them: a monitor that died may have written one it did not count."""
+        self._references.clear()
+        for gfn, levels in self.levels.items():
+            for entry in page_tables.entries(self._sealed(gfn)):
+                self._count(entry, levels, 1)
+
+    def forget(self, gfn: int) -> None:
+        """The page was given back to VTL0 by a monitor that died before it could say so."""
+        if self.levels.pop(gfn, None) is not None:
+            self.roots.discard(gfn)
+            self.recount()
+
     def add_first_root(self, root: int) -> Generator[Protect, int, None]:
         """Guards the tables that VTL0 runs on while it still is trusted: their form is checked, not what they map.
 

@@ -40,9 +40,9 @@ _SERVER_OPTIONS = [*_LIMITS, ("grpc.so_reuseport", 0), ("grpc.max_metadata_size"
 _CHANNEL_OPTIONS = [
     *_LIMITS,
     ("grpc.enable_retries", 0),  # an RPC that changes state is repeated by who knows what it means, or not at all
-    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.initial_reconnect_backoff_ms", 20),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 200),  # a process that was restarted is back within half a second
     ("grpc.use_local_subchannel_pool", 1),
 ]
 

@@ -33,11 +33,31 @@ class Session:
         self._lock = threading.Lock()
         self._enter: vcpu_pb2.Enter | None = None
         self._exit: bytes | None = None
+        self._restored = False
 
     @property
     def last(self) -> int:
         """Number of the last enter that was accepted, 0 if none."""
         return self._last
+
+    @property
+    def kept(self) -> tuple[int, bytes, bytes]:
+        """The last enter that has an answer, for a store: number, enter and exit, serialized."""
+        enter, exit_ = self._enter, self._exit
+        if enter is None or exit_ is None:
+            return 0, b"", b""
+        return enter.sequence, enter.SerializeToString(), exit_
+
+    def restore(self, last: int, enter: bytes, exit_: bytes) -> None:
+        """Goes on from what `kept` said once. Enters since then changed nothing and may be missing: see answer()."""
+        self._last, self._restored = last, True
+        self._enter = vcpu_pb2.Enter.FromString(enter) if last else None
+        self._exit = exit_ if last else None
+
+    @property
+    def last_enter(self) -> vcpu_pb2.Enter:
+        """The last enter that was accepted, as it came; empty if there was none. Never waits."""
+        return self._enter or vcpu_pb2.Enter()
 
     def answer(self, enter: vcpu_pb2.Enter) -> bytes:
         """Executes the enter, or returns the kept exit of a repeated one. The Exit carries the enter's number.
@@ -50,8 +70,9 @@ class Session:
             sequence, last = enter.sequence, self._last
             if sequence == last and last:
                 return self._kept(enter)
-            if sequence != last + 1:
+            if sequence != last + 1 and not (self._restored and sequence > last):
                 raise Conflict(self._name, f"enter {sequence} after enter {last}")
+            self._restored = False
             self._enter, self._exit = enter, None
             self._last = self.running = sequence
             try:

@@ -112,6 +112,14 @@ _CAUSES = {
     "Stream removed": "went away in the middle of a call",
 }
 
+# Causes that say that the server never saw the call.
+_NOT_SENT = frozenset({"no such socket", "connection refused"})
+
+
+def never_sent(error: BaseException) -> bool:
+    """True if a call failed before its server saw it, so that repeating it does nothing twice."""
+    return isinstance(error, errors.PeerUnavailable) and error.detail in _NOT_SENT
+
 
 def _cause(details: str) -> str:
     return next((text for mark, text in _CAUSES.items() if mark in details), details)

@@ -83,6 +83,11 @@ class Vcpu:
 
         return answer
 
+    @property
+    def last_enter(self) -> vcpu_pb2.Enter:
+        """See Session.last_enter."""
+        return self._session.last_enter
+
     def answer(self, enter: vcpu_pb2.Enter) -> bytes:
         """Executes an enter, or repeats the exit of one that was executed. Raises as Session.answer()."""
         return self._session.answer(enter)

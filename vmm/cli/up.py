@@ -6,14 +6,12 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmm.cli import options
 from vmm.cli.output import print_json, progress
-from vtlab.errors import PeerUnavailable
 
 if TYPE_CHECKING:
     from vmm.launcher import LocalLab
@@ -29,7 +27,10 @@ def up(
     rules: options.Rules = "",
     as_json: options.Json = False,
 ) -> int:
-    """Run the three processes until Ctrl-C, and tell where they are. Other commands find them by themselves."""
+    """Run the three processes until Ctrl-C, and tell where they are. Other commands find them by themselves.
+
+    One that dies is restarted and goes on; one that dies again and again ends them all.
+    """
     from vmm.launcher import launch
 
     code = options.load_rules(rules)
@@ -39,7 +40,7 @@ def up(
         stack.enter_context(_published(lab))
         with contextlib.suppress(KeyboardInterrupt):
             _announce(lab, as_json)
-            _until_one_dies(lab)
+            raise lab.supervisor.wait_failure()
     return 0
 
 
@@ -65,12 +66,3 @@ def _announce(lab: LocalLab, as_json: bool) -> None:
     for name, value in variables.items():
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
     sys.stdout.flush()
-
-
-def _until_one_dies(lab: LocalLab) -> None:
-    """Raises PeerUnavailable when one of the three has ended by itself."""
-    sentinels = {local.process.sentinel: (role, local) for role, local in lab.processes.items()}
-    role, local = sentinels[wait(list(sentinels))[0]]
-    local.process.join()
-    words = local.last_words()
-    raise PeerUnavailable(role.value, f"ended with code {local.process.exitcode}" + (f": {words}" if words else ""))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from vmm.board import Answer, Board, complete
 from vmm.designs import register_filter
 from vmm.designs.heki import record_verdict, tell_userspace
@@ -55,10 +57,21 @@ class Reply(NamedTuple):
 class CrFilter(Native):
     """Its filters are MachineSpec.filters until VmmService.SetUserspaceFilters replaces them."""
 
+    has_state = True
+
     def __init__(self, spec: MachineSpec) -> None:
         super().__init__(spec)
         register_filter.check_all(spec.filters)
         self._filters = spec.filters
+
+    def save(self) -> bytes:
+        return self._filters.SerializeToString(deterministic=True)
+
+    def restore(self, state: bytes) -> None:
+        try:
+            self._filters = UserspaceFilters.FromString(state)
+        except DecodeError as error:
+            raise ValueError(str(error)) from None
 
     def filter(self) -> InterceptFilter:
         wanted = super().filter()

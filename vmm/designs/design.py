@@ -20,10 +20,12 @@ class Design(ABC):
     Attributes:
         options: switches that MachineSpec.design_options may name.
         device_rights: with whose rights the VMM's own devices write guest memory: VTL0's, or the host's (1).
+        has_state: what it answers may change it: its state is journaled with every exit that it serves.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
     device_rights: ClassVar[int] = VTL0
+    has_state: ClassVar[bool] = False
 
     def __init__(self, spec: MachineSpec) -> None:
         """Raises BadArgument for an option whose value is not legal."""
@@ -35,6 +37,15 @@ class Design(ABC):
 
     def reset(self) -> None:  # noqa: B027 - most designs have nothing to forget
         """The machine is being reset: forgets what the design does not keep. Its board is built anew afterwards."""
+
+    def save(self) -> bytes:
+        """What a restarted VMM must know of it; the same state gives the same bytes."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """The inverse of save(). Raises ValueError."""
+        if state:
+            raise ValueError("a design without state has none to restore")
 
     def watches(self, board: Board, processor: Processor) -> bool:
         """Whether what the filter of that vCPU watches is the design's to answer at present."""

@@ -6,6 +6,7 @@ but has no say, SVM does not check (option vendor=amd), and v2's page rights do 
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 from vmm.board import Answer, Board
@@ -32,6 +33,7 @@ class HekiV3(Native):
     """
 
     options: ClassVar[tuple[str, ...]] = ("vendor", "configure", "denial")
+    has_state = True
 
     def __init__(self, spec: MachineSpec) -> None:
         super().__init__(spec)
@@ -42,6 +44,15 @@ class HekiV3(Native):
         self._configure = _mask(spec, "configure")
         self._denial = _mask(spec, "denial")
         self._pins = Pins()
+
+    def save(self) -> bytes:
+        return json.dumps(self._pins).encode()
+
+    def restore(self, state: bytes) -> None:
+        try:
+            self._pins = Pins(*json.loads(state))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def filter(self) -> InterceptFilter:
         wanted = super().filter()
@@ -90,6 +101,17 @@ class HekiV2(HekiV3):
     def __init__(self, spec: MachineSpec) -> None:
         super().__init__(spec)
         self._pages = memory_list.PagePermissions(mbec=spec.design_options.get("mbec", "0") == "1")
+
+    def save(self) -> bytes:
+        return json.dumps([self._pins, self._pages.immutable]).encode()
+
+    def restore(self, state: bytes) -> None:
+        try:
+            pins, pages = json.loads(state)
+            self._pins = Pins(*pins)
+            self._pages.immutable[:] = [memory_list.Range(*one) for one in pages]
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def reset(self) -> None:
         """The pins stay. The rights of pages go with the memory that they were of."""

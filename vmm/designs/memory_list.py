@@ -75,14 +75,14 @@ def _range(start: int, end: int, permissions: int, size: int) -> Range:
 
 
 class PagePermissions:
-    """Which pages were made immutable."""
+    """Attributes: `immutable`: pages whose permissions stay."""
 
     def __init__(self, mbec: bool) -> None:
         self._mbec = mbec
-        self._immutable: list[Range] = []
+        self.immutable: list[Range] = []
 
     def forget(self) -> None:
-        self._immutable.clear()
+        self.immutable.clear()
 
     def protect(self, board: Board, gpa: int) -> int:
         """Serves the hypercall; 0 or a negative errno, with nothing changed."""
@@ -90,10 +90,10 @@ class PagePermissions:
             wanted = list(read_lists(board.memory, gpa))
         except ListError as error:
             return -error.number
-        if any(one.first < kept.end and kept.first < one.end for one in wanted for kept in self._immutable):
+        if any(one.first < kept.end and kept.first < one.end for one in wanted for kept in self.immutable):
             return -KvmErrno.PERM
         board.protect([self._update(one) for one in wanted])
-        self._immutable += [one for one in wanted if one.permissions & IMMUTABLE]
+        self.immutable += [one for one in wanted if one.permissions & IMMUTABLE]
         return 0
 
     def _update(self, one: Range) -> ProtectionUpdate:

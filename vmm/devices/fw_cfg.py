@@ -49,6 +49,8 @@ class Control(IntFlag):
 
 
 _REQUEST = struct.Struct(">IIQ")  # control, length in bytes, guest-physical address
+_ADDRESS_SIZE = 8
+_STATE = struct.Struct(f"<QQ{_ADDRESS_SIZE}s")  # selector, offset, DMA address as far as it is written
 # Bytes that one transfer may touch.
 MAX_TRANSFER = 1 << 20
 
@@ -92,7 +94,7 @@ class FwCfg:
         self._writable = {keys[SCRATCH_NAME]}
         self._selected = 0
         self._offset = 0
-        self._address = bytearray(8)
+        self._address = bytearray(_ADDRESS_SIZE)
 
     def read(self, port: int, size: int) -> int:
         if port == DATA_PORT:
@@ -111,8 +113,23 @@ class FwCfg:
             self._address[start : start + len(raw)] = raw
             if start + len(raw) == len(self._address):
                 self._transfer(int.from_bytes(self._address, "big"))
-                self._address = bytearray(8)
+                self._address = bytearray(_ADDRESS_SIZE)
         return ()
+
+    def save(self) -> bytes:
+        written = b"".join(bytes(self._items[key]) for key in sorted(self._writable))
+        return _STATE.pack(self._selected, self._offset, bytes(self._address)) + written
+
+    def restore(self, state: bytes) -> None:
+        if len(state) != _STATE.size + sum(len(self._items[key]) for key in self._writable):
+            raise ValueError(f"{len(state)} bytes")
+        self._selected, self._offset, address = _STATE.unpack_from(state)
+        self._address = bytearray(address)
+        start = _STATE.size
+        for key in sorted(self._writable):
+            size = len(self._items[key])
+            self._items[key][:] = state[start : start + size]
+            start += size
 
     def _select(self, key: int) -> None:
         self._selected, self._offset = key, 0

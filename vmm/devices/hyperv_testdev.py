@@ -6,6 +6,7 @@ processor, a SINT or a route that is not there does nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
@@ -76,3 +77,14 @@ class HypervTestDevice:
         """The event flag has the number of the connection."""
         port = EventPort(order.vp_index, order.sint, order.connection, 1)
         self._connections.connect_events(order.connection, port)
+
+    def save(self) -> bytes:
+        return json.dumps(sorted(self._routes)).encode()
+
+    def restore(self, state: bytes) -> None:
+        try:
+            routes = {(vp_index, sint) for vp_index, sint in json.loads(state)}
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        self._routes.clear()  # the table of commands holds on to the set
+        self._routes |= routes

@@ -34,3 +34,11 @@ class TestDevice:
         raw = value.to_bytes(size, "little")[: len(self._echo) - start]
         self._echo[start : start + len(raw)] = raw
         return ()
+
+    def save(self) -> bytes:
+        return bytes(self._echo)
+
+    def restore(self, state: bytes) -> None:
+        if len(state) != len(self._echo):
+            raise ValueError(f"{len(state)} bytes")
+        self._echo = bytearray(state)

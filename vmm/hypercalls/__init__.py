@@ -63,21 +63,23 @@ _SET_ROWS = Shape(VP_HEADER_SIZE, element_in=REGISTER_ASSOCIATION_SIZE)
 # The VTL switches are not here: they take no input, give no status, and are served before (vmm.exits).
 HYPERCALLS = Hypercalls(
     {
-        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE: Row(Shape(FLUSH_HEADER_SIZE), flush_space, fails=_PARAMETER),
+        HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE: Row(
+            Shape(FLUSH_HEADER_SIZE), flush_space, fails=_PARAMETER, looks=True
+        ),
         HypercallCode.FLUSH_VIRTUAL_ADDRESS_LIST: Row(
-            Shape(FLUSH_HEADER_SIZE, element_in=8), flush_list, fails=_PARAMETER
+            Shape(FLUSH_HEADER_SIZE, element_in=8), flush_list, fails=_PARAMETER, looks=True
         ),
         HypercallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX: Row(
-            Shape(FLUSH_EX_HEADER_SIZE, variable=True), flush_space_ex, fails=_PARAMETER
+            Shape(FLUSH_EX_HEADER_SIZE, variable=True), flush_space_ex, fails=_PARAMETER, looks=True
         ),
         HypercallCode.FLUSH_VIRTUAL_ADDRESS_LIST_EX: Row(
-            Shape(FLUSH_EX_HEADER_SIZE, element_in=8, variable=True), flush_list_ex, fails=_PARAMETER
+            Shape(FLUSH_EX_HEADER_SIZE, element_in=8, variable=True), flush_list_ex, fails=_PARAMETER, looks=True
         ),
         HypercallCode.SEND_SYNTHETIC_CLUSTER_IPI: Row(
-            Shape(CLUSTER_IPI_HEADER_SIZE), send_cluster_ipi, fails=CLUSTER_IPI_FAILS
+            Shape(CLUSTER_IPI_HEADER_SIZE), send_cluster_ipi, fails=CLUSTER_IPI_FAILS, looks=True
         ),
         HypercallCode.SEND_SYNTHETIC_CLUSTER_IPI_EX: Row(
-            Shape(CLUSTER_IPI_EX_HEADER_SIZE, variable=True), send_cluster_ipi_ex, fails=CLUSTER_IPI_FAILS
+            Shape(CLUSTER_IPI_EX_HEADER_SIZE, variable=True), send_cluster_ipi_ex, fails=CLUSTER_IPI_FAILS, looks=True
         ),
         HypercallCode.MODIFY_VTL_PROTECTION_MASK: Row(
             Shape(16, element_in=8),
@@ -100,6 +102,7 @@ HYPERCALLS = Hypercalls(
             empty=True,
             rules="get_vp_registers",
             fails=GET_FAILS,
+            looks=True,
         ),
         HypercallCode.POST_MESSAGE: Row(Shape(POST_MESSAGE_SIZE, fast=False), post_message, fails=POST_MESSAGE_FAILS),
         HypercallCode.SIGNAL_EVENT: Row(Shape(SIGNAL_EVENT_SIZE), signal_event, fails=SIGNAL_EVENT_FAILS),
@@ -112,12 +115,16 @@ HYPERCALLS = Hypercalls(
             fails=SET_FAILS,
         ),
         HypercallCode.TRANSLATE_VIRTUAL_ADDRESS: Row(
-            Shape(TRANSLATE_INPUT_SIZE, OUTPUT_SIZE), translate_virtual_address, rules="translate_virtual_address"
+            Shape(TRANSLATE_INPUT_SIZE, OUTPUT_SIZE),
+            translate_virtual_address,
+            rules="translate_virtual_address",
+            looks=True,
         ),
         HypercallCode.TRANSLATE_VIRTUAL_ADDRESS_EX: Row(
             Shape(TRANSLATE_INPUT_SIZE, EX_OUTPUT_SIZE),
             translate_virtual_address_ex,
             rules="translate_virtual_address",
+            looks=True,
         ),
         HypercallCode.START_VIRTUAL_PROCESSOR: Row(
             Shape(ENABLE_VP_VTL_SIZE, fast=False), start_virtual_processor, rules="start_virtual_processor"
@@ -126,6 +133,7 @@ HYPERCALLS = Hypercalls(
             Shape(APIC_ID_HEADER_SIZE, element_in=4, element_out=4),
             get_vp_index_from_apic_id,
             fails=APIC_ID_FAILS,
+            looks=True,
         ),
     }
 )

@@ -73,6 +73,7 @@ class Row(NamedTuple):
         empty: see no_repetitions there.
         rules: its rows in CallRules, if it has some.
         fails: statuses that `serve` gives beside those.
+        looks: the call changes nothing of the machine but what it posts and writes to the caller's memory.
     """
 
     shape: abi.Shape
@@ -81,6 +82,7 @@ class Row(NamedTuple):
     empty: bool = False
     rules: str = ""
     fails: tuple[HvStatus, ...] = ()
+    looks: bool = False
 
     def statuses(self, profile: str) -> frozenset[HvStatus]:
         """All that the call can give: success, what the ABI refuses, what its rules and its own checks do."""
@@ -124,6 +126,8 @@ class Hypercalls:
             return encode_result(data, value.rep_start)
         fixed = shape.header + 8 * value.variable_header
         elements = abi.split_elements(data, value, shape)
+        if not row.looks:
+            board.ledger.touch()
         call = Call(board, processor, vtl, exit_, data[: shape.header], elements, data[shape.header : fixed])
         reply = row.serve(call)
         if reply.again:

@@ -81,7 +81,7 @@ def _may_start(call: Call, target: Processor, context: bytes) -> bool:
     )
     exit_ = Exit(vp_index=call.processor.index, vtl=call.vtl, origin=vcpu_pb2.ORIGIN_VCPU, startup=startup)
     exit_.registers.CopyFrom(call.exit.registers)
-    return judged(board, call.processor, exit_).action == vcpu_pb2.ACTION_COMMIT
+    return judged(board, call.processor, exit_, call.exit).action == vcpu_pb2.ACTION_COMMIT
 
 
 def start_virtual_processor(call: Call) -> Reply:

@@ -26,3 +26,8 @@ def signed_module() -> Path:
 def unsigned_module() -> Path:
     """The same module without its signature."""
     return _file("selfguard", "module.elf")
+
+
+def chaos_image() -> Path:
+    """The guest whose work can be checked from outside: flat, long mode (vmm.chaos.guest has its layout)."""
+    return _file("chaos", "chaos.bin")

@@ -38,6 +38,7 @@ class Call:
         registers: VTL0's own at the call.
         updates: for VTL0, applied when it resumes.
         resolution: set if VTL0 is not to go on as usual.
+        again: it begins anew, since the monitor died in the middle; what it opened is open.
         stand_down: set if another kernel is to go on instead.
     """
 
@@ -47,6 +48,7 @@ class Call:
     registers: registers_pb2.Registers
     updates: list[vcpu_pb2.Update] = field(default_factory=list)
     resolution: vcpu_pb2.Resolution | None = None
+    again: bool = False
     stand_down: vcpu_pb2.StandDown | None = None
 
     @property

@@ -45,8 +45,9 @@ def _add_root(call: Call, guard: TableGuard) -> Generator[Protect, int, None]:
 
 
 def _release(call: Call, guard: TableGuard) -> Generator[Protect, int, None]:
-    loaded = (call.registers.cr3 & CR3_BASE) // PAGE_SIZE
-    yield from guard.release(_page(call), loaded, only_processor=len(call.machine.processors) == 1)
+    loaded, page = (call.registers.cr3 & CR3_BASE) // PAGE_SIZE, _page(call)
+    if not (call.again and page not in guard.levels):
+        yield from guard.release(page, loaded, only_processor=len(call.machine.processors) == 1)
     call.machine.filter_changed()
 
 

@@ -1,17 +1,26 @@
-"""Calls with a deadline, whose failures are the exceptions of vtlab.errors."""
+"""Calls with a deadline, whose failures are the exceptions of vtlab.errors, and streams that go on after a restart.
+
+A server that dies is restarted and knows what it knew. A call that never reached it is therefore repeated, within a
+budget, and one that broke off too if it may be done twice. If it may not, it is an error: nobody can tell whether it
+was done.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
+import tenacity
 
-from vtlab.errors import Cancelled
-from vtlab.status import from_rpc_error
+from vtlab.errors import Cancelled, PeerUnavailable
+from vtlab.status import from_rpc_error, never_sent
 
 DEADLINE = 30.0  # seconds; every unary call of the contract answers far sooner or is lost
+RESTART_BUDGET = 15.0  # seconds that a server may be away
+_PAUSE = 0.02  # seconds between attempts of a stream to go on
 
 Answer = TypeVar("Answer")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -33,10 +42,29 @@ def call(peer: str, method: Callable[..., Answer], request: Any, deadline: float
         request: its request, or an iterator of them.
         deadline: seconds.
     """
+    return _when_back(lambda: _once(peer, method, request, deadline), never_sent)
+
+
+def _once(peer: str, method: Callable[..., Answer], request: Any, deadline: float) -> Answer:
     try:
         return method(request, timeout=deadline)
     except grpc.RpcError as error:
         raise from_rpc_error(error, peer) from None
+
+
+def repeated(peer: str, method: Callable[..., Answer], request: Any, deadline: float = DEADLINE) -> Answer:
+    """call() of what may be done twice: repeated while the server is being restarted."""
+    return _when_back(lambda: _once(peer, method, request, deadline), lambda error: isinstance(error, PeerUnavailable))
+
+
+def _when_back(act: Callable[[], Answer], again: Callable[[BaseException], bool]) -> Answer:
+    attempts = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(RESTART_BUDGET),
+        wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.25),
+        retry=tenacity.retry_if_exception(again),
+        reraise=True,
+    )
+    return attempts(act)
 
 
 def stream(peer: str, method: Callable[..., Stream[Answer]], request: Any) -> Iterator[Answer]:
@@ -51,40 +79,52 @@ def stream(peer: str, method: Callable[..., Stream[Answer]], request: Any) -> It
 
 
 class BackgroundStream:
-    """A stream that a thread of its own reads.
-
-    Attributes:
-        error: why it ended, once it has; None while it runs or after close().
-    """
+    """A stream that a thread of its own reads, and that goes on when its server was restarted."""
 
     def __init__(
         self,
         peer: str,
         method: Callable[..., Stream[Any]],
-        request: Any,
+        request: Callable[[], Any],
         on_item: Callable[[Any], None],
         on_end: Callable[[Exception], None],
     ) -> None:
-        self._answers = method(request)
-        self._closed = False
+        """Args:
+        request: makes the request from where the stream is to go on.
+        on_end: is told why no more will come, unless that is close().
+        """
+        self._begin: Callable[[], Stream[Any]] = lambda: method(request())
+        self._answers = self._begin()
+        self._closed = threading.Event()
+        self._heard = time.monotonic()
         self._thread = threading.Thread(
             target=self._read, args=(peer, on_item, on_end), name=f"watch {peer}", daemon=True
         )
         self._thread.start()
 
     def _read(self, peer: str, on_item: Callable[[Any], None], on_end: Callable[[Exception], None]) -> None:
-        try:
-            for answer in self._answers:
-                on_item(answer)
-        except grpc.RpcError as error:
-            if not self._closed:
-                on_end(from_rpc_error(error, peer))
-            return
-        on_end(Cancelled(peer, "ended the stream"))
+        while True:
+            try:
+                for answer in self._answers:
+                    on_item(answer)
+                    self._heard = time.monotonic()
+            except grpc.RpcError as error:
+                failure: Exception = from_rpc_error(error, peer)
+            else:
+                failure = Cancelled(peer, "ended the stream")
+            away = isinstance(failure, PeerUnavailable) and time.monotonic() < self._heard + RESTART_BUDGET
+            if self._closed.wait(_PAUSE if away else 0):
+                return
+            if not away:
+                on_end(failure)
+                return
+            self._answers = self._begin()
+            if self._closed.is_set():  # close() may have cancelled the one before
+                self._answers.cancel()
 
     def close(self) -> None:
         """Ends it and waits for its thread, unless it is that thread that closes."""
-        self._closed = True
+        self._closed.set()
         self._answers.cancel()
         if threading.current_thread() is not self._thread:
             self._thread.join(5)

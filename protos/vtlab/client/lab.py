@@ -11,7 +11,7 @@ from typing import Self
 import grpc
 
 from vtlab.channels import dial
-from vtlab.client.calls import call
+from vtlab.client.calls import call, repeated
 from vtlab.client.images import Image, ImageSource, read_image
 from vtlab.client.machine import Machine
 from vtlab.client.policy import Policy
@@ -171,9 +171,9 @@ class Lab:
 
     def machine(self, name: str) -> Machine:
         """A machine that exists. Raises NotFound."""
-        call(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=name))
+        repeated(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=name))
         return Machine(self._stub, self._peer, name)
 
     def machines(self) -> list[vmm_pb2.Machine]:
         """All machines of the VMM."""
-        return list(call(self._peer, self._stub.ListMachines, vmm_pb2.ListMachinesRequest()).machines)
+        return list(repeated(self._peer, self._stub.ListMachines, vmm_pb2.ListMachinesRequest()).machines)

@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from vtlab.client.calls import BackgroundStream, call, stream
+from vtlab.client.calls import BackgroundStream, call, repeated, stream
 from vtlab.client.names import RegisterContent, event_kinds, register_values, state_name
 from vtlab.client.serial import ENDED, Observed, Pattern, SerialReader
 from vtlab.errors import BadArgument, BadImage, NotFound, PeerUnavailable, VtlabError, WrongState
@@ -38,7 +38,10 @@ class Machine:
         self._peer = peer
         self._image_name = image_name
         self._observed = Observed(f"machine '{name}'")
-        request = vmm_pb2.WatchEventsRequest(vm=name, kinds=_WATCHED)
+
+        def request() -> vmm_pb2.WatchEventsRequest:
+            return vmm_pb2.WatchEventsRequest(vm=name, kinds=_WATCHED, from_sequence=self._observed.following)
+
         self._watch = BackgroundStream(peer, stub.WatchEvents, request, self._observed.take, self._observed.fail)
 
     def __str__(self) -> str:
@@ -70,7 +73,7 @@ class Machine:
 
     def info(self) -> vmm_pb2.Machine:
         """State, specification and why it ended, as the VMM holds them now."""
-        return call(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=self.name)).machine
+        return repeated(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=self.name)).machine
 
     @property
     def state(self) -> vmm_pb2.MachineState.ValueType:
@@ -159,7 +162,7 @@ class Machine:
     def registers(self, vp_index: int = 0) -> registers_pb2.ProcessorState:
         """VTL0's state of one vCPU; a running one is stopped for an instant."""
         request = vmm_pb2.GetRegistersRequest(vm=self.name, vp_index=vp_index)
-        return call(self._peer, self._stub.GetRegisters, request).state
+        return repeated(self._peer, self._stub.GetRegisters, request).state
 
     def set_registers(
         self,
@@ -178,7 +181,7 @@ class Machine:
             registers=register_values(registers or {}),
             msrs=[registers_pb2.MsrValue(index=index, value=value) for index, value in (msrs or {}).items()],
         )
-        return call(self._peer, self._stub.SetRegisters, request).state
+        return repeated(self._peer, self._stub.SetRegisters, request).state
 
     def hijack(
         self,
@@ -209,7 +212,7 @@ class Machine:
             request = vmm_pb2.ReadMemoryRequest(
                 vm=self.name, gpa=gpa + len(data), size=min(size - len(data), MEMORY_CHUNK)
             )
-            part = call(self._peer, self._stub.ReadMemory, request).data
+            part = repeated(self._peer, self._stub.ReadMemory, request).data
             if not part:
                 raise PeerUnavailable(self._peer, f"returned no bytes for GPA {gpa + len(data):#x}")
             data += part
@@ -221,13 +224,13 @@ class Machine:
         for start in range(0, len(data), MEMORY_CHUNK):
             part = data[start : start + MEMORY_CHUNK]
             request = vmm_pb2.WriteMemoryRequest(vm=self.name, gpa=gpa + start, data=part)
-            call(self._peer, self._stub.WriteMemory, request)
+            repeated(self._peer, self._stub.WriteMemory, request)
 
     def translate(self, gva: int, vp_index: int = 0) -> vmm_pb2.TranslateResponse:
         """Walks VTL0's page tables for a guest-virtual address."""
         _check_address("gva", gva)
         request = vmm_pb2.TranslateRequest(vm=self.name, vp_index=vp_index, gva=gva)
-        return call(self._peer, self._stub.Translate, request)
+        return repeated(self._peer, self._stub.Translate, request)
 
     def read_virtual(self, gva: int, size: int, vp_index: int = 0) -> bytes:
         """Bytes at a guest-virtual address, page by page. Raises BadArgument where it is not mapped."""
@@ -277,4 +280,15 @@ class Machine:
         request = vmm_pb2.WatchEventsRequest(
             vm=self.name, from_sequence=from_sequence, kinds=event_kinds(kinds), until_now=until_now
         )
-        return (answer.event for answer in stream(self._peer, self._stub.WatchEvents, request))
+        return self._follow(request)
+
+    def _follow(self, request: vmm_pb2.WatchEventsRequest) -> Iterator[vmm_pb2.Event]:
+        """Goes on behind the last event if the VMM is restarted."""
+        while True:
+            try:
+                for answer in stream(self._peer, self._stub.WatchEvents, request):
+                    yield answer.event
+                    request.from_sequence = answer.event.sequence + 1
+                return
+            except PeerUnavailable:
+                self.info()  # returns once the VMM is back

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from vtlab.client.calls import call, stream
+from vtlab.client.calls import repeated, stream
 from vtlab.v1 import monitor_pb2, monitor_pb2_grpc
 
 
@@ -19,21 +19,21 @@ class Policy:
 
     def get(self, vm: object) -> monitor_pb2.PolicyStatus:
         """The policy in force. Raises NotFound."""
-        return call(self._peer, self._stub.GetPolicy, monitor_pb2.GetPolicyRequest(vm=str(vm))).policy
+        return repeated(self._peer, self._stub.GetPolicy, monitor_pb2.GetPolicyRequest(vm=str(vm))).policy
 
     def set(self, vm: object, text: str, file_name: str = "") -> monitor_pb2.PolicyStatus:
         """Overrides the guest's own policy. Raises BadPolicy with line and key, WrongState once locked."""
         request = monitor_pb2.SetPolicyRequest(vm=str(vm), text=text, file_name=file_name)
-        return call(self._peer, self._stub.SetPolicy, request).policy
+        return repeated(self._peer, self._stub.SetPolicy, request).policy
 
     def lock(self, vm: object) -> monitor_pb2.PolicyStatus:
         """Makes it final until the machine is reset."""
-        return call(self._peer, self._stub.LockPolicy, monitor_pb2.LockPolicyRequest(vm=str(vm))).policy
+        return repeated(self._peer, self._stub.LockPolicy, monitor_pb2.LockPolicyRequest(vm=str(vm))).policy
 
     def check(self, text: str, vm: object = "", file_name: str = "") -> monitor_pb2.CheckPolicyResponse:
         """All problems of a policy, against a machine's image if one is named; changes nothing."""
         request = monitor_pb2.CheckPolicyRequest(vm=str(vm), text=text, file_name=file_name)
-        return call(self._peer, self._stub.CheckPolicy, request)
+        return repeated(self._peer, self._stub.CheckPolicy, request)
 
     def verdicts(self, vm: object) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
         """Verdicts as they fall, until the iterator is closed."""

@@ -32,6 +32,7 @@ class Observed:
         self._silent_resets = 0
         self.state_changes = 0
         self.lost = 0
+        self.following = 0  # number of the next event; 0 before the first
 
     def take(self, answer: vmm_pb2.WatchEventsResponse) -> None:
         """Notes one event and wakes who waits."""
@@ -47,6 +48,7 @@ class Observed:
                 self.state_changes += 1
             elif detail == "lost":
                 self.lost += event.lost.count
+            self.following = event.sequence + 1
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:

@@ -24,6 +24,7 @@ _NOT_THE_GUEST = frozenset({Role.VMM, Role.MONITOR, Role.OPERATOR, Role.OBSERVER
 # whoever breaks out of the emulator holds its certificate.
 RPC_ROLES: dict[str, frozenset[Role]] = {
     "vtlab.v1.VcpuService/Attach": _VMM,
+    "vtlab.v1.VcpuService/Reconnect": _VMM,
     "vtlab.v1.VcpuService/Detach": _VMM,
     "vtlab.v1.VcpuService/Run": _VMM,
     "vtlab.v1.VcpuService/Kick": _VMM,

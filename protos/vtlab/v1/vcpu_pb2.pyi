@@ -469,19 +469,67 @@ class ReferenceClock(_message.Message):
 Global___ReferenceClock: _TypeAlias = ReferenceClock  # noqa: Y015
 
 @_typing.final
-class DetachRequest(_message.Message):
+class ReconnectRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VM_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
+    generation: _builtins.int
     def __init__(
         self,
         *,
         vm: _builtins.str = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconnectRequest: _TypeAlias = ReconnectRequest  # noqa: Y015
+
+@_typing.final
+class ReconnectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def enters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Enter]:
+        """For each vCPU, by index: the last enter that was accepted, whose repetition gives its exit. Empty if there was none."""
+
+    def __init__(
+        self,
+        *,
+        enters: _abc.Iterable[Global___Enter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enters", b"enters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconnectResponse: _TypeAlias = ReconnectResponse  # noqa: Y015
+
+@_typing.final
+class DetachRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    reset: _builtins.bool
+    """The machine is being reset: what its operator set outlives that."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        reset: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reset", b"reset", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -719,12 +767,17 @@ class Enter(_message.Message):
     INTERCEPT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    CAUSE_VP_INDEX_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     sequence: _builtins.int
     """Counts enters of this vCPU at this level from 1."""
     reason: Global___EnterReason.ValueType
     status: _builtins.int
     """For RESUME after an exit that asked for something (PROTECT): 0 or an HV_STATUS."""
+    cause: _builtins.int
+    """For a policy at VTL1: the exit of VTL0 that this enter is about, by vCPU and number; 0 if a client is the reason."""
+    cause_vp_index: _builtins.int
     @_builtins.property
     def resolution(self) -> Global___Resolution:
         """How the last exit ends. Absent or unspecified means DENY."""
@@ -759,10 +812,12 @@ class Enter(_message.Message):
         intercept: Global___Exit | None = ...,
         status: _builtins.int = ...,
         shared: _registers_pb2.SharedState | None = ...,
+        cause: _builtins.int = ...,
+        cause_vp_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,11 @@ class VcpuServiceStub:
                 request_serializer=vtlab_dot_v1_dot_vcpu__pb2.AttachRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_vcpu__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Reconnect = channel.unary_unary(
+                '/vtlab.v1.VcpuService/Reconnect',
+                request_serializer=vtlab_dot_v1_dot_vcpu__pb2.ReconnectRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vcpu__pb2.ReconnectResponse.FromString,
+                _registered_method=True)
         self.Detach = channel.unary_unary(
                 '/vtlab.v1.VcpuService/Detach',
                 request_serializer=vtlab_dot_v1_dot_vcpu__pb2.DetachRequest.SerializeToString,
@@ -76,6 +81,14 @@ class VcpuServiceServicer:
     def Attach(self, request, context):
         """Binds this process to one level of one machine: its memory files, its vCPUs, and for VTL0 the image to boot.
         A second Attach for the same machine and generation changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reconnect(self, request, context):
+        """For a VMM that has lost what it knew: where each vCPU of the machine stands. Refused with NOT_FOUND by a process that
+        does not hold that generation of it. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,6 +137,11 @@ def add_VcpuServiceServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=vtlab_dot_v1_dot_vcpu__pb2.AttachRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_vcpu__pb2.AttachResponse.SerializeToString,
+            ),
+            'Reconnect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconnect,
+                    request_deserializer=vtlab_dot_v1_dot_vcpu__pb2.ReconnectRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vcpu__pb2.ReconnectResponse.SerializeToString,
             ),
             'Detach': grpc.unary_unary_rpc_method_handler(
                     servicer.Detach,
@@ -180,6 +198,33 @@ class VcpuService:
             '/vtlab.v1.VcpuService/Attach',
             vtlab_dot_v1_dot_vcpu__pb2.AttachRequest.SerializeToString,
             vtlab_dot_v1_dot_vcpu__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconnect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VcpuService/Reconnect',
+            vtlab_dot_v1_dot_vcpu__pb2.ReconnectRequest.SerializeToString,
+            vtlab_dot_v1_dot_vcpu__pb2.ReconnectResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class VcpuServiceStub:
     """Binds this process to one level of one machine: its memory files, its vCPUs, and for VTL0 the image to boot.
     A second Attach for the same machine and generation changes nothing.
     """
+    Reconnect: _grpc.UnaryUnaryMultiCallable[_vcpu_pb2.ReconnectRequest, _vcpu_pb2.ReconnectResponse]
+    """For a VMM that has lost what it knew: where each vCPU of the machine stands. Refused with NOT_FOUND by a process that
+    does not hold that generation of it. Changes nothing.
+    """
     Detach: _grpc.UnaryUnaryMultiCallable[_vcpu_pb2.DetachRequest, _vcpu_pb2.DetachResponse]
     """Forgets the machine: memory unmapped, vCPUs gone. For VTL1, private memory and keys are wiped first."""
     Run: _grpc.StreamStreamMultiCallable[_vcpu_pb2.RunRequest, _vcpu_pb2.RunResponse]
@@ -62,6 +66,10 @@ class VcpuServiceAsyncStub(VcpuServiceStub):
     Attach: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.AttachRequest, _vcpu_pb2.AttachResponse]  # type: ignore[assignment]
     """Binds this process to one level of one machine: its memory files, its vCPUs, and for VTL0 the image to boot.
     A second Attach for the same machine and generation changes nothing.
+    """
+    Reconnect: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.ReconnectRequest, _vcpu_pb2.ReconnectResponse]  # type: ignore[assignment]
+    """For a VMM that has lost what it knew: where each vCPU of the machine stands. Refused with NOT_FOUND by a process that
+    does not hold that generation of it. Changes nothing.
     """
     Detach: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.DetachRequest, _vcpu_pb2.DetachResponse]  # type: ignore[assignment]
     """Forgets the machine: memory unmapped, vCPUs gone. For VTL1, private memory and keys are wiped first."""
@@ -89,6 +97,16 @@ class VcpuServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_vcpu_pb2.AttachResponse, _abc.Awaitable[_vcpu_pb2.AttachResponse]]:
         """Binds this process to one level of one machine: its memory files, its vCPUs, and for VTL0 the image to boot.
         A second Attach for the same machine and generation changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def Reconnect(
+        self,
+        request: _vcpu_pb2.ReconnectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vcpu_pb2.ReconnectResponse, _abc.Awaitable[_vcpu_pb2.ReconnectResponse]]:
+        """For a VMM that has lost what it knew: where each vCPU of the machine stands. Refused with NOT_FOUND by a process that
+        does not hold that generation of it. Changes nothing.
         """
 
     @_abc_1.abstractmethod

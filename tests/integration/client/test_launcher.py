@@ -17,7 +17,8 @@ import tenacity
 
 from vmm import launcher
 from vmm.launcher import launch, sweep
-from vtlab.client import connect
+from vmm.supervisor import Budget
+from vtlab.client import calls, connect
 from vtlab.errors import BadImage, InternalError, PeerUnavailable, TimedOut, VtlabError
 from vtlab.trust.roles import Role
 
@@ -112,8 +113,58 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_vmm_is_an_error_of_the_caller(toys: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", [Role.VMM, Role.GUEST, Role.MONITOR])
+def test_who_dies_is_restarted_at_the_same_address(toys: None, tmp_path: Path, role: Role) -> None:
+    with launch(directory=tmp_path, vmm_listen="127.0.0.1:0") as lab:
+        before = lab.pids
+        os.kill(before[role], signal.SIGKILL)
+        assert lab.supervisor.wait_restarted(role, 1, 30)
+        assert {name for name, pid in lab.pids.items() if pid != before[name]} == {role}
+        assert lab.machines() == []
+        assert lab.policy.get("any").rules == []
+        pids = list(lab.pids.values())
+    gone(pids, lab.directory)
+
+
+def test_all_three_at_once(toys: None, tmp_path: Path) -> None:
     with launch(directory=tmp_path) as lab:
+        for pid in lab.pids.values():
+            os.kill(pid, signal.SIGKILL)
+        assert all(lab.supervisor.wait_restarted(role, 1, 30) for role in TOYS)
+        assert lab.machines() == []
+
+
+def test_who_dies_again_and_again_ends_the_laboratory(toys: None, tmp_path: Path) -> None:
+    with launch(directory=tmp_path, budget=Budget(deaths=3, seconds=1000)) as lab:
+        for count in range(3):
+            os.kill(lab.pids["monitor"], signal.SIGKILL)
+            lab.supervisor.wait_restarted(Role.MONITOR, count + 1, 30)
+        failure = lab.supervisor.wait_failure()
+        assert re.match(r"monitor: ended 3 times within \d+ s, at last with code -9", str(failure))
+        pids = list(lab.pids.values())
+    gone(pids, lab.directory)
+
+
+def test_who_cannot_be_restarted_ends_the_laboratory(
+    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with launch(directory=tmp_path) as lab:
+        monkeypatch.setenv("VTLAB_TEST_FAULT", "guest:refuse")
+        os.kill(lab.pids["guest"], signal.SIGKILL)
+        assert "it cannot be restarted: toy: refuses to start" in str(lab.supervisor.wait_failure())
+
+
+def test_who_is_asked_to_end_is_not_restarted(toys: None, tmp_path: Path) -> None:
+    with launch(directory=tmp_path) as lab:
+        os.kill(lab.pids["guest"], signal.SIGTERM)
+        assert str(lab.supervisor.wait_failure()).startswith("guest: ended with code 0")
+
+
+def test_a_vmm_that_is_gone_is_an_error_of_the_caller(
+    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "RESTART_BUDGET", 0.5)
+    with launch(directory=tmp_path, budget=Budget(deaths=1)) as lab:
         machine = lab.create(b"image")
         machine.start()
         os.kill(lab.pids["vmm"], signal.SIGKILL)

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from vmm.level import LevelLost
 from vtlab.errors import Cancelled, VtlabError
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.registers_pb2 import ProcessorState, RegisterName
@@ -34,6 +35,7 @@ class FakeLevel:
         self.processor_state = ProcessorState()
         self.refuse_attach: VtlabError | None = None
         self.deaf = False
+        self.lost = False
         self._changed = threading.Condition()
         self._kicked = 0
         self._hung_up = False
@@ -50,7 +52,16 @@ class FakeLevel:
             raise self.refuse_attach
         self.attached.append(request)
 
-    def detach(self, vm: str) -> None:
+    def reconnect(self, request: AttachRequest) -> list[Enter]:
+        self.log.append(f"reconnect {self.vtl} {request.generation}")
+        if self.lost:
+            raise LevelLost(self.name, "is lost")
+        return [
+            next((enter for enter in reversed(self.entered) if enter.vp_index == vp), Enter())
+            for vp in range(request.vp_count)
+        ]
+
+    def detach(self, vm: str, *, reset: bool = False) -> None:
         self.log.append(f"detach {self.vtl}")
 
     def state(self, vp_index: int) -> ProcessorState:

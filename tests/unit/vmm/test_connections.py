@@ -25,8 +25,11 @@ SINT, CONNECTION = 8, 0x10
 
 
 def posted(board: Board) -> list[Update]:
-    """What waits for the vCPU, but for what writing the input to memory made."""
-    return [update for update in board.processors[0]._pending if not update.HasField("invalidate_code")]
+    """What goes with the next enter or waits for it, but for what writing the input to memory made."""
+    processor = board.processors[0]
+    return [
+        update for update in [*processor._answer.updates, *processor._pending] if not update.HasField("invalidate_code")
+    ]
 
 
 def post(board: Board, connection: int = CONNECTION, type_: int = 1, size: int = 3) -> S:

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.vmm.fakes import FakeLevel
 from vmm import images
 from vmm.images import ImageStore
+from vmm.journal import Journal
 from vmm.machines import Machines
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, PeerUnavailable
 from vtlab.v1.vcpu_pb2 import BootImage
@@ -58,7 +59,7 @@ def test_unknown_images(store: ImageStore, tmp_path: Path, sha256: bytes) -> Non
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Machines:
-    return Machines(tmp_path, FakeLevel)
+    return Machines(tmp_path, FakeLevel, Journal(tmp_path / "journal"))
 
 
 def good(machines: Machines, **changes: object) -> MachineSpec:
@@ -112,7 +113,7 @@ def test_a_failed_create_frees_the_levels(tmp_path: Path) -> None:
         return FakeLevel(vtl)
 
     refuse = True
-    machines = Machines(tmp_path, dial)
+    machines = Machines(tmp_path, dial, Journal(tmp_path / "journal"))
     with pytest.raises(PeerUnavailable):
         machines.create("a", good(machines))
     refuse = False
@@ -125,7 +126,7 @@ def test_what_a_killed_vmm_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / "machines" / "old"
     left.mkdir(parents=True)
     (left / "ram.rw").write_bytes(b"old")
-    machines = Machines(tmp_path, lambda vtl: FakeLevel(vtl, log))
+    machines = Machines(tmp_path, lambda vtl: FakeLevel(vtl, log), Journal(tmp_path / "journal"))
     machines.create("new", good(machines))
     assert not left.exists()
     assert log[:2] == ["detach 0", "attach 0 1"]

@@ -94,7 +94,7 @@ def test_no_exit_of_another_vcpu_is_served_any_more(make_machine: MakeMachine) -
     board = machine._board
     wait_until(lambda: machine.describe().generation == 2)
     assert board.over
-    assert {len([one for one in guest.entered if one.vp_index == 1])} <= {1, 2}
+    assert {len([one for one in guest.entered if one.vp_index == 1])} <= {0, 1, 2}
     assert machine.describe().state == RUNNING
 
 

@@ -1,0 +1,1 @@
+"""A guest whose work can be checked from outside while everything around it dies (`vtlab chaos`)."""
