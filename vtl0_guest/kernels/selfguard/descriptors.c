@@ -1,6 +1,7 @@
 /* GDT, TSS and IDT. They lie in .ro_after_init, which the final page tables map read-only; so every descriptor has its accessed
  * bit set, and the task register is loaded while the early page tables are still in force. */
 #include "kernel.h"
+#include "smp.h"
 
 struct tss {
     u32 reserved0;
@@ -18,12 +19,12 @@ struct gate {
     u32 offset_high, reserved;
 };
 
-extern u64 trap_stubs[48];
-extern u8 kernel_stack_top[], fault_stack_top[];
+extern u64 trap_stubs[VECTORS];
+extern u8 kernel_stack_top[], fault_stack_top[], ap_stacks[MAX_CPUS - 1][1 << AP_STACK_SHIFT];
 
-RO_AFTER_INIT struct tss tss;
+RO_AFTER_INIT struct tss tss[MAX_CPUS];
 RO_AFTER_INIT struct gate interrupt_descriptor_table[256];
-RO_AFTER_INIT u64 global_descriptor_table[8] = {
+RO_AFTER_INIT u64 global_descriptor_table[GDT_SIZE / 8] = {
     [SELECTOR_KERNEL_CODE / 8] = 0x00AF9B000000FFFF,
     [SELECTOR_KERNEL_DATA / 8] = 0x00CF93000000FFFF,
     [SELECTOR_USER_BASE / 8] = 0x00CFFB000000FFFF, /* 32-bit code: not used */
@@ -32,14 +33,16 @@ RO_AFTER_INIT u64 global_descriptor_table[8] = {
 };
 
 void descriptors_init(void) {
-    u64 base = (u64)&tss;
-    tss.rsp[0] = (u64)kernel_stack_top;
-    tss.ist[0] = (u64)fault_stack_top;
-    tss.io_map = sizeof tss;
-    global_descriptor_table[SELECTOR_TSS / 8] = (sizeof tss - 1) | (base & 0xFFFFFF) << 16 | 0x89ull << 40 | (base >> 24 & 0xFF) << 56;
-    global_descriptor_table[SELECTOR_TSS / 8 + 1] = base >> 32;
+    for (u64 i = 0; i < MAX_CPUS; i++) {
+        u64 base = (u64)&tss[i], *descriptor = &global_descriptor_table[SELECTOR_TSS / 8 + 2 * i];
+        tss[i].rsp[0] = i ? (u64)ap_stacks[i] : (u64)kernel_stack_top; /* where the next one's starts */
+        tss[i].ist[0] = i ? (u64)ap_stacks[i - 1] + PAGE : (u64)fault_stack_top;
+        tss[i].io_map = sizeof tss[i];
+        descriptor[0] = (sizeof tss[i] - 1) | (base & 0xFFFFFF) << 16 | 0x89ull << 40 | (base >> 24 & 0xFF) << 56;
+        descriptor[1] = base >> 32;
+    }
 
-    for (u32 vector = 0; vector < 48; vector++) {
+    for (u32 vector = 0; vector < VECTORS; vector++) {
         u64 stub = trap_stubs[vector];
         bool own_stack = vector == 2 || vector == 8;
         interrupt_descriptor_table[vector] = (struct gate){

@@ -1,5 +1,6 @@
 /* The vulnerable driver: reads, writes, copies and calls what its caller asks for, at CPL0, without a check. This is what a signed
- * but broken driver gives an attacker ("bring your own vulnerable driver"). A fault on the way ends the request only. */
+ * but broken driver gives an attacker ("bring your own vulnerable driver"). A fault on the way ends the request only,
+ * on whatever processor it is done. */
 #include "kernel.h"
 
 u64 driver_invoke(u64 address, u64 *arguments);
@@ -34,8 +35,14 @@ static void perform(void *argument) {
     }
 }
 
+static void perform_guarded(void *argument) {
+    struct driver_request *request = argument;
+    request->faulted = guarded_call(perform, request);
+}
+
 s64 driver_request(struct driver_request *request) {
     if (request->operation > DRIVER_CALL || (request->operation <= DRIVER_WRITE && request->size > 8))
         return -EINVAL;
-    return guarded_call(perform, request) ? -EFAULTED : 0;
+    s64 status = run_on(request->cpu, perform_guarded, request);
+    return status == 0 && request->faulted ? -EFAULTED : status;
 }

@@ -1,8 +1,8 @@
-/* The ways into the kernel (traps, interrupts, SYSCALL) and out of it (IRETQ, SYSRET). One processor: no SWAPGS. */
+/* The ways into the kernel (traps, interrupts, SYSCALL) and out of it (IRETQ, SYSRET). Only processor 0 goes out: no SWAPGS. */
 #include "layout.h"
 
     .text
-/* Vectors 0-47. Each stub pushes an error code, if the processor did not, and the vector. */
+/* Vectors 0-48. Each stub pushes an error code, if the processor did not, and the vector. */
     .altmacro
     .macro stub vector
 stub_\vector:
@@ -19,7 +19,7 @@ stub_\vector:
     .endm
 
     .set vector, 0
-    .rept 48
+    .rept VECTORS
     stub %vector
     .set vector, vector + 1
     .endr
@@ -108,8 +108,8 @@ enter_user:
     xor %edi, %edi
     sysretq
 
-/* guarded_call(function, argument): calls it; 0 if it came back, 1 if it faulted and trap() brought us here. Whatever it did to
- * the registers is undone. */
+/* guarded_call(function, argument): calls it; 0 if it came back, 1 if it faulted and trap() brought us here, with the stack pointer that
+ * the processor's slot holds. Whatever it did to the registers is undone. May be nested. */
     .globl guarded_call, guard_landing
 guarded_call:
     push %rbx
@@ -118,16 +118,20 @@ guarded_call:
     push %r13
     push %r14
     push %r15
-    mov %rsp, guard_rsp(%rip)
-    mov %rdi, %rax
-    mov %rsi, %rdi
-    call *%rax
+    mov %rdi, %rbx
+    mov %rsi, %rbp
+    call guard_slot
+    push (%rax)
+    push %rax
+    mov %rsp, (%rax)
+    mov %rbp, %rdi
+    call *%rbx
     xor %eax, %eax
     jmp 1f
 guard_landing:
     mov $1, %eax
-1:  mov guard_rsp(%rip), %rsp
-    movq $0, guard_rsp(%rip)
+1:  pop %rdx
+    popq (%rdx)
     pushq $2
     popfq /* IF, DF and AC off */
     pop %r15
@@ -161,13 +165,11 @@ driver_invoke:
     .globl trap_stubs
 trap_stubs:
     .set vector, 0
-    .rept 48
+    .rept VECTORS
     stub_address %vector
     .set vector, vector + 1
     .endr
 
     .data
-    .globl guard_rsp
-guard_rsp: .quad 0 /* 0: no guarded call is under way */
     .globl syscall_user_rsp
 syscall_user_rsp: .quad 0

@@ -32,6 +32,9 @@ void interrupt(u32 line) {
     case 3:
         console_interrupt();
         break;
+    case VECTOR_WAKE - 32:
+        wake_interrupt();
+        return;
     default: /* spurious: no end of interrupt */
         return;
     }

@@ -54,6 +54,7 @@ struct fault {
 };
 extern struct fault last_fault;
 void trap(struct frame *frame);
+u64 *guard_slot(void);
 void set_user_recovery(u64 rip, u64 rsp);
 s64 guarded_call(void (*function)(void *), void *argument);
 
@@ -94,7 +95,7 @@ s64 copy_to_user(u64 to, const void *from, u64 size);
 
 /* driver.c */
 struct driver_request {
-    u64 operation, address, size, value, arguments[6], result;
+    u64 operation, address, size, value, arguments[6], result, cpu, faulted;
 };
 enum { DRIVER_READ, DRIVER_WRITE, DRIVER_COPY, DRIVER_CALL };
 void driver_init(void);
@@ -125,6 +126,15 @@ s64 reset_machine(const char *name);
 /* smm.c */
 void smm_init(void);
 s64 smi(u64 command, u64 value, u64 address);
+
+/* smp.c */
+void smp_init(void);
+void wake_interrupt(void);
+u64 this_cpu(void);
+s64 cpu_set(u64 number, bool on);
+s64 run_on(u64 number, void (*work)(void *), void *argument);
+u64 others_offline(void); /* which were online, one bit each */
+void others_online(u64 which);
 
 /* sleep.c */
 void sleep_init(void);

@@ -36,7 +36,6 @@ struct copy {
 };
 
 extern u8 relocate_start[], relocate_end[];
-extern u64 guard_rsp;
 static u64 ram;
 static struct {
     u64 start, size;
@@ -129,6 +128,7 @@ static void jump(u64 image) {
     tables[512] = tables[512 + 510] = (RELOCATE_TABLES + 2 * PAGE) | ENTRY_PAGE;
     for (u64 i = 0; i < 512; i++)
         tables[1024 + i] = i << 21 | ENTRY_PAGE | PTE_LARGE;
+    others_offline();
     write_cr3(RELOCATE_TABLES);
     wrmsr(MSR_HYPERCALL, 0); /* else its page stays laid over the next kernel */
     wrmsr(MSR_GUEST_OS_ID, 0);
@@ -161,7 +161,7 @@ s64 kexec(u64 operation, const char *name) {
         jump(images[0].start);
         return -EINVAL;
     case KEXEC_CRASH:
-        guard_rsp = 0; /* nobody recovers from this */
+        *guard_slot() = 0; /* nobody recovers from this */
         asm volatile("ud2");
     }
     return -EINVAL;

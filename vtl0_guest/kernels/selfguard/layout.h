@@ -5,6 +5,7 @@
 #define DIRECT_MAP 0xFFFF888000000000   /* all RAM, writable, no execute */
 #define SPARE_WINDOW (KERNEL_VMA + 0x10000) /* 16 pages without a mapping */
 #define DRIVER_WINDOW (KERNEL_VMA + 0x20000) /* what the vulnerable driver maps for itself */
+#define APIC_WINDOW (KERNEL_VMA + 0x1E000) /* of SPARE_WINDOW's: the processor's local APIC */
 #define DEVICE_WINDOW (KERNEL_VMA + 0x1F000) /* the last of them: the guard device, if the kernel uses it */
 #define USER_DEVICE_WINDOW 0x5FF000 /* the same for the user program */
 #define DEVICE_TAIL 0x28
@@ -21,7 +22,11 @@
 #define SELECTOR_USER_BASE 0x18 /* SYSRET: SS = base + 8, CS = base + 16 */
 #define SELECTOR_USER_DATA 0x20
 #define SELECTOR_USER_CODE 0x28
-#define SELECTOR_TSS 0x30
+#define SELECTOR_TSS 0x30 /* of processor 0; the next one's is 16 further */
+
+#define VECTORS 49
+#define VECTOR_WAKE 48 /* from processor 0 to another one */
+#define SYSCALL_MASK 0x47700 /* AC, NT, IOPL, DF, IF, TF */
 
 #define SYS_READ_LINE 0  /* (buffer, size): waits in HLT for a line from COM2; its length */
 #define SYS_WRITE_LINE 1 /* (buffer, size): to COM2 */
@@ -39,7 +44,8 @@
 #define SYS_SMI 13        /* (command, value, address): to the SMI handler */
 #define SYS_SLEEP 14      /* (state 0 or 3, ticks): suspends the machine; returns when it is awake */
 #define SYS_KEXEC 15      /* (operation, name, length): comes back where it is refused */
-#define SYS_COUNT 16
+#define SYS_CPU 16        /* (number, 0 or 1): takes a processor offline, or online */
+#define SYS_COUNT 17
 
 #define EPERM 1
 #define ENOENT 2
@@ -47,6 +53,7 @@
 #define ENOEXEC 8
 #define ENOMEM 12
 #define EFAULT 14
+#define EBUSY 16
 #define EINVAL 22
 #define ENOSYS 38
 #define EFAULTED 512 /* no errno: the operation took a fault, which SYS_LAST_FAULT tells */

@@ -43,6 +43,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     syscalls_init();
     interrupts_init();
     console_init();
+    smp_init();
     smm_init();
     sleep_init();
     driver_init();

@@ -7,6 +7,7 @@
  * need to store to them. */
 #include "kernel.h"
 #include "services.h"
+#include "smp.h"
 
 #define TABLE __attribute__((section(".page_tables"), aligned(PAGE)))
 
@@ -19,12 +20,14 @@ TABLE u64 direct_pd[512];
 TABLE u64 user_pdpt[512];
 TABLE u64 user_pd[512];
 TABLE u64 user_pt[512];
+TABLE u64 low_pt[512]; /* the trampoline, where it runs when a processor turns paging on */
 
 #define INDEX(address, level) ((address) >> (12 + 9 * (level)) & 511)
 #define BRANCH (PTE_PRESENT | PTE_WRITABLE | PTE_ACCESSED | PTE_DIRTY)
 #define READ_ONLY (PTE_PRESENT | PTE_ACCESSED | PTE_NX)
 #define READ_WRITE (READ_ONLY | PTE_WRITABLE | PTE_DIRTY)
 #define EXECUTE (PTE_PRESENT | PTE_ACCESSED)
+#define APIC_BASE 0xFEE00000
 
 static void map_kernel(const u8 *start, const u8 *end, u64 flags) {
     for (u64 address = (u64)start; address < (u64)end; address += PAGE)
@@ -49,6 +52,7 @@ void paging_init(u64 ram_size) {
     map_kernel(module_area_end, kernel_end, READ_WRITE);
     kernel_pt[INDEX(DRIVER_WINDOW, 0)] = physical(driver_scratch) | EXECUTE | PTE_WRITABLE | PTE_DIRTY;
     kernel_pt[INDEX(DRIVER_WINDOW, 0) + 1] = user_text | EXECUTE;
+    kernel_pt[INDEX(APIC_WINDOW, 0)] = APIC_BASE | READ_WRITE | PTE_UNCACHED;
 
     kernel_pml4[INDEX(DIRECT_MAP, 3)] = physical(direct_pdpt) | BRANCH;
     direct_pdpt[INDEX(DIRECT_MAP, 2)] = physical(direct_pd) | BRANCH;
@@ -58,6 +62,8 @@ void paging_init(u64 ram_size) {
     kernel_pml4[0] = physical(user_pdpt) | BRANCH | PTE_USER;
     user_pdpt[0] = physical(user_pd) | BRANCH | PTE_USER;
     user_pd[INDEX((u64)user_text_start, 1)] = physical(user_pt) | BRANCH | PTE_USER;
+    user_pd[0] = physical(low_pt) | BRANCH;
+    low_pt[INDEX(TRAMPOLINE, 0)] = TRAMPOLINE | EXECUTE;
     map_user(user_text_start, user_text_end, user_text, EXECUTE);
     map_user(user_data_start, user_data_end, user_data, READ_WRITE);
 

@@ -83,8 +83,10 @@ static s64 to_ram(void) {
     facs[FACS_WAKING_VECTOR / 4] = suspended.waking_vector;
     log("selfguard: suspending to RAM\n");
     arm_alarm();
+    u64 others = others_offline();
     s64 way = suspend_to_ram();
     disarm_alarm();
+    others_online(others);
     log("selfguard: awake, %s\n", way == 0 ? "by the waking vector" : "where it fell asleep");
     return way;
 }

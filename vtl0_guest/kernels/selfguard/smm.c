@@ -2,6 +2,7 @@
  * already, or that have none, keep what they have. */
 #include "kernel.h"
 #include "smm.h"
+#include "smp.h"
 
 #define CONFIG_ADDRESS 0xCF8
 #define CONFIG_DATA 0xCFC
@@ -26,6 +27,7 @@
 extern const u8 smm_relocation[], smm_relocation_end[], smm_handler[], smm_handler_end[];
 
 static bool installed;
+static const u8 smm_return[] = {0x0F, 0xAA}; /* RSM */
 
 static u8 smram_control(u8 value, bool write) {
     outl(CONFIG_ADDRESS, HOST_BRIDGE | (SMRAM_REGISTER & ~3u));
@@ -48,12 +50,14 @@ static u64 request(u8 command, u64 value, u64 address) {
 }
 
 /* The SMBASE of RESET lies in memory that belongs to somebody else: it is lent for one SMI. */
-static void relocate(void) {
+static void relocate(void *number) {
     static u8 code[64], area[SMM_SAVE_AREA_SIZE];
     u8 *entry = direct(SMBASE_AFTER_RESET + SMM_ENTRY), *saved = direct(SMBASE_AFTER_RESET + SMM_SAVE_AREA);
     memcpy(code, entry, sizeof code);
     memcpy(area, saved, sizeof area);
-    memcpy(entry, smm_relocation, (u64)(smm_relocation_end - smm_relocation));
+    u64 size = (u64)(smm_relocation_end - smm_relocation), base = SMRAM + (u64)number * SMBASE_STEP;
+    memcpy(entry, smm_relocation, size);
+    *(u32 *)(entry + size - sizeof smm_return - sizeof(u32)) = (u32)base;
     request(SMM_NOTHING, 0, 0);
     memcpy(entry, code, sizeof code);
     memcpy(saved, area, sizeof area);
@@ -66,7 +70,11 @@ void smm_init(void) {
     memset(direct(SMM_DATA), 0, 8);
     memcpy(direct(SMRAM + SMM_ENTRY), smm_handler, (u64)(smm_handler_end - smm_handler));
     outl(SMI_ENABLE, SMI_ENABLE_GLOBAL_APM);
-    relocate();
+    relocate(0);
+    for (u64 number = 1; number < MAX_CPUS; number++) {
+        memcpy(direct(SMRAM + number * SMBASE_STEP + SMM_ENTRY), smm_return, sizeof smm_return);
+        run_on(number, relocate, (void *)number);
+    }
     installed = request(SMM_NOTHING, 0, 0) == 1;
     smram_control(SMRAM_LOCK | SMRAM_ENABLE, true);
     log("selfguard: SMI handler %s\n", installed ? "installed" : "does not run");

@@ -3,6 +3,7 @@
 
 #define SMRAM 0xA0000 /* and SMBASE, once moved */
 #define SMBASE_AFTER_RESET 0x30000
+#define SMBASE_STEP 0x400 /* from one processor's to the next one's; those of others than 0 only return */
 #define SMM_ENTRY 0x8000
 #define SMM_SAVE_AREA 0xFE00
 #define SMM_SAVE_AREA_SIZE 0x200

@@ -5,7 +5,7 @@ void syscalls_init(void) {
     wrmsr(MSR_STAR, (u64)(SELECTOR_USER_BASE | 3) << 48 | (u64)SELECTOR_KERNEL_CODE << 32);
     wrmsr(MSR_LSTAR, (u64)syscall_entry);
     wrmsr(MSR_CSTAR, (u64)syscall_entry);
-    wrmsr(MSR_SFMASK, 0x47700); /* AC, NT, IOPL, DF, IF, TF */
+    wrmsr(MSR_SFMASK, SYSCALL_MASK);
     wrmsr(MSR_SYSENTER_CS, 0);
     wrmsr(MSR_SYSENTER_ESP, 0);
     wrmsr(MSR_SYSENTER_EIP, 0);
@@ -105,6 +105,11 @@ static s64 sys_sleep(u64 state, u64 duration, u64 c, u64 d) {
     return sleep_in(state, duration);
 }
 
+static s64 sys_cpu(u64 number, u64 on, u64 c, u64 d) {
+    (void)c, (void)d;
+    return cpu_set(number, on);
+}
+
 static s64 sys_kexec(u64 operation, u64 name, u64 size, u64 d) {
     char text[32] = {0};
     (void)d;
@@ -147,6 +152,7 @@ static s64 (*const table[SYS_COUNT])(u64, u64, u64, u64) = {
     [SYS_VTL_CALL] = vtl_call,       [SYS_HYPERCALL] = sys_hypercall,
     [SYS_RESET] = sys_reset,         [SYS_SMI] = sys_smi,
     [SYS_SLEEP] = sys_sleep,         [SYS_KEXEC] = sys_kexec,
+    [SYS_CPU] = sys_cpu,
 };
 
 struct request {

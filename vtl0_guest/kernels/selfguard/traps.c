@@ -3,7 +3,6 @@
 #include "kernel.h"
 
 extern u8 guard_landing[];
-extern u64 guard_rsp;
 
 struct fault last_fault;
 static u64 recovery_rip, recovery_rsp;
@@ -28,13 +27,14 @@ void trap(struct frame *frame) {
         frame->rip = recovery_rip;
         frame->rsp = recovery_rsp;
         frame->rflags = 0x202;
-    } else if (!from_user && guard_rsp) {
+    } else if (!from_user && *guard_slot()) {
         frame->rip = (u64)guard_landing;
-        frame->rsp = guard_rsp;
+        frame->rsp = *guard_slot();
         frame->rflags = 0x2;
         frame->ss = SELECTOR_KERNEL_DATA;
     } else {
-        kexec_crash();
+        if (this_cpu() == 0)
+            kexec_crash();
         log("selfguard: stopped\n");
         stop();
     }

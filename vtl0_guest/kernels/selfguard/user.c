@@ -10,14 +10,14 @@ struct fault {
     u64 vector, error, rip, cr2;
 };
 struct driver_request {
-    u64 operation, address, size, value, arguments[6], result;
+    u64 operation, address, size, value, arguments[6], result, cpu, faulted;
 };
 enum { DRIVER_READ, DRIVER_WRITE, DRIVER_COPY, DRIVER_CALL };
 
 #define LINE 2048
 static char line[LINE], answer[LINE];
 static u64 answer_size;
-static char *words[10];
+static char *words[12];
 static u64 word_count;
 
 static void put(const char *text) {
@@ -188,17 +188,49 @@ static void do_kexec_command(void) {
 static void do_kdump_command(void) { do_kexec(3, word_count > 2 ? words[2] : words[0]); }
 static void do_crash(void) { do_kexec(4, words[0]); }
 
+static void do_cpu(void) {
+    const char *verb = word_count > 1 ? words[1] : words[0];
+    if (is(verb, "online") || is(verb, "offline"))
+        put_status(system_call(SYS_CPU, number(2), is(verb, "online"), 0, 0));
+    else
+        put("error no such command");
+}
+
 static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
 
+static void do_on(void);
+
+#define DRIVER_COMMANDS 4
 static const struct {
     const char *name;
     void (*run)(void);
 } commands[] = {
-    {"ping", do_ping}, {"read", do_read},     {"write", do_write}, {"copy", do_copy},       {"call", do_call}, {"user", do_user},
-    {"ticks", do_ticks}, {"module", do_module}, {"patch", do_patch}, {"control", do_control}, {"map", do_map},   {"vtl", do_vtl},
-    {"hypercall", do_hypercall}, {"reset", do_reset},     {"smi", do_smi},         {"sleep", do_sleep},
-    {"kexec", do_kexec_command}, {"kdump", do_kdump_command}, {"crash", do_crash},
+    {"read", do_read},           {"write", do_write},         {"copy", do_copy},       {"call", do_call},   {"ping", do_ping},
+    {"user", do_user},           {"ticks", do_ticks},         {"module", do_module},   {"patch", do_patch}, {"control", do_control},
+    {"map", do_map},             {"vtl", do_vtl},             {"reset", do_reset},     {"smi", do_smi},     {"sleep", do_sleep},
+    {"kexec", do_kexec_command}, {"kdump", do_kdump_command}, {"crash", do_crash},     {"cpu", do_cpu},     {"on", do_on},
+    {"hypercall", do_hypercall},
 };
+
+static void obey(u64 count) {
+    for (u64 i = 0; i < count; i++) {
+        if (word_count && is(words[0], commands[i].name)) {
+            commands[i].run();
+            return;
+        }
+    }
+    put("error no such command");
+}
+
+/* The driver's commands, on another processor. */
+static void do_on(void) {
+    request.cpu = number(1);
+    word_count -= word_count < 2 ? word_count : 2;
+    for (u64 i = 0; i < word_count; i++)
+        words[i] = words[i + 2];
+    obey(DRIVER_COMMANDS);
+    request.cpu = 0;
+}
 
 static void split(void) {
     word_count = 0;
@@ -213,16 +245,6 @@ static void split(void) {
     }
 }
 
-static void obey(void) {
-    for (u64 i = 0; i < sizeof commands / sizeof commands[0]; i++) {
-        if (word_count && is(words[0], commands[i].name)) {
-            commands[i].run();
-            return;
-        }
-    }
-    put("error no such command");
-}
-
 void user_main(void) {
     for (;;) {
         s64 size = system_call(SYS_READ_LINE, (u64)line, LINE - 1, 0, 0);
@@ -231,7 +253,7 @@ void user_main(void) {
         line[size] = 0;
         answer_size = 0;
         split();
-        obey();
+        obey(sizeof commands / sizeof commands[0]);
         put("\n");
         system_call(SYS_WRITE_LINE, (u64)answer, answer_size, 0, 0);
     }
