@@ -34,6 +34,7 @@ TRANSITIONS: list[Transition] = [
     *sleep.TRANSITIONS,
     *kexec.TRANSITIONS,
     *upgrades.TRANSITIONS,
+    *startups.TRANSITIONS,
 ]
 TRANSITION_ATTACKS: list[Attack] = [
     *resets.TRANSITION_ATTACKS,

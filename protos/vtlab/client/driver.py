@@ -133,6 +133,14 @@ class Driver:
         """Calls at CPL0 with RDI RSI RDX RCX R8 R9, and RAX = RDI; returns RAX. Raises GuestFault."""
         return parse(self.command(" ".join(["call", hex(address), *map(hex, arguments)])))
 
+    def call_on(self, cpu: int, address: int, *arguments: int) -> int:
+        """As `call`, on another vCPU. Raises GuestFault, GuestRefusal (it is offline)."""
+        return parse(self.command(" ".join(["on", str(cpu), "call", hex(address), *map(hex, arguments)])))
+
+    def read_on(self, cpu: int, address: int, size: int = 8) -> int:
+        """As `read`, on another vCPU. Raises GuestFault, GuestRefusal (it is offline)."""
+        return parse(self.command(f"on {cpu} read {address:#x} {size}"))
+
     def user(self, address: int, argument: int = 0) -> int:
         """Calls at CPL3. Raises GuestFault."""
         return parse(self.command(f"user {address:#x} {argument:#x}"))
@@ -158,6 +166,14 @@ class Driver:
     def vtl(self, service: int, a: int = 0, b: int = 0, c: int = 0) -> int:
         """A VTL call. Raises GuestFault, GuestRefusal."""
         return parse(self.command(f"vtl {int(service):#x} {a:#x} {b:#x} {c:#x}"))
+
+    def cpu_offline(self, cpu: int) -> None:
+        """Takes a vCPU offline: it halts for good. Raises GuestRefusal."""
+        parse(self.command(f"cpu offline {cpu}"))
+
+    def cpu_online(self, cpu: int) -> None:
+        """Brings a vCPU online by INIT and SIPI. Raises GuestRefusal, GuestFault (a message was refused)."""
+        parse(self.command(f"cpu online {cpu}"))
 
     def smi(self, command: int, value: int = 0, address: int = 0) -> int:
         """An SMI; returns how many there have been. Raises GuestRefusal if no handler is installed."""
