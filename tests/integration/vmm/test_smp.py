@@ -16,6 +16,7 @@ from vtlab.client.symbols import Symbols
 from vtlab.errors import BadArgument
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, START_MODE_PROTECTED
+from vtlab.x86.registers import Cr4
 
 VP_COUNT = 4
 TRAMPOLINE, COUNTERS = 0x8000, 0x9000
@@ -125,8 +126,8 @@ def test_any_vcpu_can_end_the_machine_and_its_last_words_are_heard(boot: Callabl
     assert machine.serial(0) == "x"
 
 
-def test_a_protected_guest_with_a_parked_second_vcpu(lab: Lab, image: Path) -> None:
-    """From the end of boot on VTL1's intercepts are those of all vCPUs; the second one waits for SIPI all the time."""
+def test_a_protected_guest_with_a_second_vcpu(lab: Lab, image: Path) -> None:
+    """From the end of boot on VTL1's intercepts are those of all vCPUs; the second one started before."""
     with lab.create(image, ram=64 << 20, command_line="heki=1", vtl1=True, vp_count=2) as machine:
         machine.start()
         machine.wait_serial(READY, port=0, timeout=TIMEOUT)
@@ -135,7 +136,9 @@ def test_a_protected_guest_with_a_parked_second_vcpu(lab: Lab, image: Path) -> N
         text = symbols["invlpg"]
         with pytest.raises(GuestFault):
             driver.write(text, 0)
-        assert machine.registers(1).registers.rip == 0xFFF0
+        with pytest.raises(GuestFault):
+            driver.call_on(1, symbols["gadget_mov_cr4"], machine.registers(1).registers.cr4 & ~Cr4.SMEP)
+        assert machine.registers(1).registers.cr4 & Cr4.SMEP
         machine.pause()
         machine.resume()
         assert driver.read(text, 8)
