@@ -26,7 +26,7 @@ POLICY_SECTION = ".vtlab.policy"
 NO_RULES = ("version", "name", "violation", "services", "actions")
 WATCHED = "watched"
 # A rule that another one is built on goes with it, or what is left would be no policy.
-BUILT_ON = {"page_tables": ("registers", "cr3")}
+BUILT_ON = {"page_tables": ("registers", "cr3"), "memory: trampoline": ("startup",)}
 
 
 def shipped_policy() -> str:
@@ -38,7 +38,7 @@ def shipped_policy() -> str:
 def mutations(policy: str) -> dict[str, str]:
     """Policies that lack one rule each, by the rule's name."""
     whole: dict[str, Any] = yaml.safe_load(policy)
-    return {name: _without(whole, path) for path, name in _rules(whole)}
+    return {name: _without(whole, path, BUILT_ON.get(name)) for path, name in _rules(whole)}
 
 
 def _rules(whole: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -68,9 +68,8 @@ def _parts(path: tuple[str | int, ...], name: str, rule: Any) -> Iterator[tuple[
             yield from (((*path, kind, at), f"{name}.{bit} {kind}") for at, bit in enumerate(listed))
 
 
-def _without(whole: dict[str, Any], path: Sequence[str | int]) -> str:
+def _without(whole: dict[str, Any], path: Sequence[str | int], also: Sequence[str] | None) -> str:
     left: Any = copy.deepcopy(whole)
-    also = BUILT_ON.get(str(path[0])) if len(path) == 1 else None
     for one in [path, also] if also else [path]:
         place = left
         for step in one[:-1]:

@@ -27,7 +27,8 @@ def com2(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[socket.sock
     listener.listen()
     listener.settimeout(BOUND)
     command = [
-        *(str(QEMU), "-cpu", "max", "-smp", str(request.param), "-m", "64", "-display", "none", "-no-reboot", "-nodefaults"),
+        *(str(QEMU), "-cpu", "max", "-smp", str(request.param), "-m", "64"),
+        *("-display", "none", "-no-reboot", "-nodefaults"),
         *("-kernel", str(selfguard_image()), "-initrd", f"{signed_module()} good", "-append", "heki=0"),
         *("-serial", f"file:{tmp_path / 'com1'}", "-serial", f"unix:{tmp_path / 'com2'}"),
     ]
