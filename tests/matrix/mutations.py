@@ -25,6 +25,8 @@ POLICY_SECTION = ".vtlab.policy"
 # What the policy says about itself, and what follows a refusal: not what is refused.
 NO_RULES = ("version", "name", "violation", "services", "actions")
 WATCHED = "watched"
+# Sections that are one rule.
+WHOLE = ("page_tables", "startup")
 # A rule that another one is built on goes with it, or what is left would be no policy.
 BUILT_ON = {"page_tables": ("registers", "cr3"), "memory: trampoline": ("startup",)}
 
@@ -48,7 +50,7 @@ def _rules(whole: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]
             continue
         if section == "memory":
             yield from (((section, at), f"memory: {one['name']}") for at, one in enumerate(content))
-        elif section == "page_tables" or not isinstance(content, dict):
+        elif section in WHOLE or not isinstance(content, dict):
             yield (section,), section
         else:
             for key, rule in content.items():
