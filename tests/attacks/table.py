@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vtlab_attacks import (
+    boots,
     control_registers,
     controls,
     execution,
@@ -44,4 +45,5 @@ TRANSITION_ATTACKS: list[Attack] = [
     *requests.TRANSITION_ATTACKS,
     *startups.TRANSITION_ATTACKS,
     *upgrades.TRANSITION_ATTACKS,
+    *boots.TRANSITION_ATTACKS,
 ]
