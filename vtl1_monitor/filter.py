@@ -46,7 +46,7 @@ def intercept_filter(
         result.cr3_writes = True
         result.cr3_targets.extend(sorted(roots))
     result.state_loads = True
-    result.sleeps = rules.lifecycle.s3 is SleepMode.REFUSE
+    result.sleeps = rules.lifecycle.s3 in (SleepMode.REFUSE, SleepMode.VERIFY)
     result.no_smi = rules.lifecycle.smm is SmmMode.DENY
     for index, rule in sorted(rules.msrs.items()):
         if rule.mask:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Set
 from typing import NamedTuple, Protocol
 
 from vtl1_monitor.policy.rules import Rules, ValueRule
-from vtl1_monitor.policy.schema import SleepMode, Violation
+from vtl1_monitor.policy.schema import Violation
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.x86.registers import Msr
 
@@ -146,17 +146,10 @@ def _memory_fault(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
 _MSR_OF_REGISTER = {int(Msr.EFER): registers_pb2.REGISTER_NAME_EFER}
 
 
-def _sleep(rules: Rules, _facts: Facts, _exit: vcpu_pb2.Exit) -> Verdict:
-    if rules.lifecycle.s3 is SleepMode.REFUSE:
-        return _verdict(vcpu_pb2.ACTION_COMPLETE, "s3", "s3: refused")
-    return _commit(NO_RULE, "s3: the machine may sleep")
-
-
 _KINDS: dict[str, Callable[[Rules, Facts, vcpu_pb2.Exit], Verdict]] = {
     "register_write": _register_write,
     "msr": _msr,
     "memory_fault": _memory_fault,
-    "sleep": _sleep,
 }
 
 _REGISTERS: dict[int, Callable[[Rules, Facts, vcpu_pb2.RegisterWrite], Verdict]] = {

@@ -17,10 +17,11 @@ from vtl1_monitor.memory import GuestMemory
 from vtl1_monitor.policy.image import BootImage
 from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.rules import Action, Rules
-from vtl1_monitor.policy.schema import Phase
+from vtl1_monitor.policy.schema import Phase, SleepMode
 from vtl1_monitor.policy.text import PolicyText
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.secrets import Secrets
+from vtl1_monitor.sleep_judge import judge_sleep
 from vtl1_monitor.startup_judge import KEPT, judge_startup, kept
 from vtl1_monitor.state_load import judge_load
 from vtl1_monitor.table_guard import TableGuard
@@ -78,12 +79,14 @@ class Processor:
     Attributes:
         locked: LOCK_REGS was called.
         filter_version: which filter it runs with.
+        sealed: ProcessorState, serialized, that it held when it fell asleep, while its waking code runs.
         window: pages below 1 MiB that it may execute since SIPI, where no rule names them.
         keeps_pins: VTL1 has set its pins; what it writes meanwhile is written with them, until it sets them itself.
     """
 
     locked: bool = False
     filter_version: int = 0
+    sealed: bytes | None = None
     window: set[int] = field(default_factory=set)
     keeps_pins: bool = False
 
@@ -212,10 +215,14 @@ class Machine:
         """The verdict on an exit of this vCPU, grants and rules in code included; recorded."""
         locked = self.processors[vp_index].locked
         rules = self.rules if locked else self.rules_before_lock
-        if exit_.HasField("startup"):
+        if exit_.HasField("sleep"):
+            verdict = judge_sleep(rules, exit_.sleep)
+        elif exit_.HasField("startup"):
             verdict = judge_startup(rules, self, exit_.startup)
         elif exit_.HasField("state_load"):
             verdict = judge_load(rules, self, exit_.state_load)
+            if exit_.state_load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and rules.lifecycle.s3 is SleepMode.VERIFY:
+                self.processors[vp_index].sealed = exit_.state_load.before.SerializeToString()
         else:
             verdict = judge(rules, self, exit_)
         if self.processors[vp_index].keeps_pins and exit_.HasField("register_write"):

@@ -20,7 +20,7 @@ from vtl1_monitor.services.call import Call, Refused
 from vtl1_monitor.services.guard import guard
 from vtl1_monitor.services.startup import fetch_outside
 from vtl1_monitor.services.table import serve
-from vtl1_monitor.state_load import restored
+from vtl1_monitor.state_load import woken
 from vtl1_monitor.steps import ProtectFailed, Steps, protect
 from vtlab.errors import WrongState
 from vtlab.services import Service
@@ -176,7 +176,7 @@ class PolicyProcessor:
         if verdict.resolution.action == vcpu_pb2.ACTION_RETRY and intercept.WhichOneof("reason") == "memory_fault":
             updates.append(self._opened(intercept.memory_fault))
         if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and verdict.allowed:
-            updates.append(restored(load))
+            updates.append(woken(self._machine.rules, load))
         return self._vtl_return(verdict.resolution, updates)
 
     def _begin_startup(self, enter: vcpu_pb2.Enter) -> tuple[Call, Steps]:

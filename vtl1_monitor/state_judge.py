@@ -111,13 +111,19 @@ def _tables(rules: Rules, facts: StateFacts, load: vcpu_pb2.StateLoad) -> Iterat
     for name, rule in rules.tables.items():
         held = _table(load.state, name)
         if load.HasField("before"):
-            good = held == _table(load.before, name)
-        elif isinstance(held, registers_pb2.Segment) and not held.selector & 0xFFFC and not held.base:
+            before = _table(load.before, name)
+            good = held == before or (_unusable(held) and _unusable(before))
+        elif _unusable(held):
             good = True  # as INIT left it: nothing was loaded
         else:
             good = facts.is_sealed(load.state.registers, held.base, held.limit + 1)
         if not good:
             yield _Refusal(rule.name, rule.violation, f"{rule.name} at {held.base:#x} is not the pinned table")
+
+
+def _unusable(table: registers_pb2.TableRegister | registers_pb2.Segment) -> bool:
+    """LDTR or TR with a null selector: every use of it faults, whatever the limit says."""
+    return isinstance(table, registers_pb2.Segment) and not table.selector & 0xFFFC and not table.base
 
 
 def _table(state: registers_pb2.ProcessorState, name: int) -> registers_pb2.TableRegister | registers_pb2.Segment:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from vtl1_monitor import sleep_judge
 from vtl1_monitor.judge import Verdict
 from vtl1_monitor.policy.rules import Rules
 from vtl1_monitor.policy.schema import SleepMode, StateViolation
+from vtl1_monitor.sleep_judge import SLEEP
 from vtl1_monitor.state_judge import StateFacts, judge_state
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 SMBASE = "smbase"
 """The rule that SMBASE stays where it is while VTL1 is enabled."""
-
-SLEEP = "s3"
-"""The rule of the policy's lifecycle."""
 
 UNKNOWN = "unknown state load"
 
@@ -25,7 +24,7 @@ _ACTIONS = {
 def judge_load(rules: Rules, facts: StateFacts, load: vcpu_pb2.StateLoad) -> Verdict:
     """COMMIT if every pin holds; else what the policy's lifecycle says, by the name of the pin. Never raises.
 
-    COMMIT of a vCPU that wakes is for the state before it fell asleep: see `restored`.
+    COMMIT of a vCPU that wakes is for what `woken` does.
     """
     if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE:
         return _wake(rules, facts, load)
@@ -39,6 +38,8 @@ def judge_load(rules: Rules, facts: StateFacts, load: vcpu_pb2.StateLoad) -> Ver
 
 def _wake(rules: Rules, facts: StateFacts, load: vcpu_pb2.StateLoad) -> Verdict:
     reset = vcpu_pb2.ACTION_RESET
+    if rules.lifecycle.s3 is SleepMode.VERIFY:
+        return sleep_judge.judge_wake(rules, facts, load)
     if rules.lifecycle.s3 is not SleepMode.RESTORE:
         return Verdict(vcpu_pb2.Resolution(action=reset, reason="S3: the policy lets nobody wake"), SLEEP)
     sealed = vcpu_pb2.StateLoad(cause=load.cause, state=load.before, before=load.before)
@@ -50,8 +51,13 @@ def _wake(rules: Rules, facts: StateFacts, load: vcpu_pb2.StateLoad) -> Verdict:
     return Verdict(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT, reason=reason), SLEEP)
 
 
-def restored(load: vcpu_pb2.StateLoad) -> vcpu_pb2.Update:
-    """What puts a vCPU that wakes back where it fell asleep. MSRs but EFER have kept their values."""
+def woken(rules: Rules, load: vcpu_pb2.StateLoad) -> vcpu_pb2.Update:
+    """How a vCPU that may wake goes on: back where it fell asleep, or by the waking code alone.
+
+    MSRs but EFER have kept their values.
+    """
+    if rules.lifecycle.s3 is SleepMode.VERIFY:
+        return sleep_judge.window(rules)
     state = registers_pb2.ProcessorState()
     state.CopyFrom(load.before)
     del state.msrs[:]

@@ -1,18 +1,27 @@
-"""S3 as a transition, and what an attacker changes in memory while everything in the processor is lost."""
+"""S3 as a transition, and what an attacker changes in memory while everything in the processor is lost.
+
+Under the kernel's own policy VTL1 loads the state that it sealed. `verified` has a newer one that lets the kernel's
+waking code do it (lifecycle.s3: verify), as every other design has it.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
+from functools import partial
 
-from vtlab.client.driver import Driver
+from vtlab.client.driver import READY, Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
 from vtlab.x86.registers import Cr4
 from vtlab_attacks.control_registers import forge_tables
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, observe
-from vtlab_attacks.guest import Guest
+from vtlab_attacks.guest import BOOT_TIMEOUT, Guest
+from vtlab_attacks.kernels import policy
+from vtlab_attacks.resets import say
 from vtlab_attacks.state import ENTRY_ADDRESS, direct, memory, register, show_bytes
+from vtlab_attacks.upgrades import hand_over
 
 TO_RAM = 3
 # struct suspended of vtl0_guest/kernels/selfguard/sleep.c
@@ -26,14 +35,41 @@ BOOT_SCRIPT = "Wojtczuk, Kallenberg 2015, Attacks on UEFI security (the S3 boot 
 SEAN_S3 = "Heki thread (Christopherson 2024): suspend and resume need more than one hypercall"
 
 
-def suspend(driver: Driver, attempts: Attempts) -> None:
-    """To RAM and back by the clock's alarm."""
-    results: list[int] = []
-    attempts.step(lambda: results.append(driver.sleep(TO_RAM, 0)))
-    attempts.note("the guest went on where it fell asleep: nothing of its memory was asked" if any(results) else "")
+# What the kernel's policy becomes, where its own code wakes.
+VERIFY = ("upgrade: signed}", "upgrade: signed, s3: verify, waking: waking code}")
+AWAKE = re.compile(rf"selfguard: awake, (by the waking vector|where it fell asleep)|{READY}")
+
+
+def suspend(machine: Machine, attempts: Attempts) -> None:
+    """To RAM and back by the clock's alarm, or the machine is reset and its kernel starts again."""
+    generation = machine.info().generation
+    log = machine.serial_reader(0, from_now=True)
+    say(machine, f"sleep {TO_RAM} 0")
+    said = log.read_until(AWAKE, BOOT_TIMEOUT)
+    after = machine.info()
+    if after.generation != generation:
+        attempts.note(after.reason)
+    elif "where it fell asleep" in said:
+        attempts.note("the guest went on where it fell asleep")
+
+
+def verify(machine: Machine, driver: Driver, symbols: Symbols, version: int) -> None:
+    """VTL1, where there is one, takes the policy that has the waking code run."""
+    if machine.info().vtl1_enabled:
+        hand_over(machine, driver, symbols, policy(version, VERIFY))
 
 
 def s3(guest: Guest) -> tuple[Guest, Evidence]:
+    return _slept(guest, way=int(guest.machine.info().vtl1_enabled))
+
+
+def s3_verified(guest: Guest) -> tuple[Guest, Evidence]:
+    verify(guest.machine, guest.driver, guest.symbols, 1)
+    return _slept(guest, way=0)
+
+
+def _slept(guest: Guest, way: int) -> tuple[Guest, Evidence]:
+    """Complete if it woke in that way, with what it held before."""
     machine = guest.machine
 
     def held() -> tuple[int, ...]:
@@ -41,10 +77,10 @@ def s3(guest: Guest) -> tuple[Guest, Evidence]:
         return machine.info().generation, registers.cr0, registers.cr3, registers.cr4, registers.efer
 
     before, ticks = held(), guest.driver.ticks()
-    way = guest.driver.sleep(TO_RAM, 0)
+    woke = guest.driver.sleep(TO_RAM, 0)
     guest.driver.sleep(0, 1)  # interrupts come again
     after = held()
-    reached = way == int(guest.machine.info().vtl1_enabled) and after == before and guest.driver.ticks() > ticks
+    reached = woke == way and after == before and guest.driver.ticks() > ticks
     shown = [" ".join(map(hex, one)) for one in (before, after)]
     return guest, Evidence("generation, CR0, CR3, CR4, EFER", *shown, reached, False)
 
@@ -57,7 +93,7 @@ def change_vector(machine: Machine, driver: Driver, symbols: Symbols) -> Evidenc
     return observe(
         "mark of the attacker's code at the waking vector",
         lambda: memory(machine, mark, len(MARK)),
-        lambda attempts: suspend(driver, attempts),
+        lambda attempts: suspend(machine, attempts),
         symbols,
         lambda _, after: after == MARK,
         show_bytes,
@@ -69,7 +105,7 @@ def change_cr4(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     return observe(
         "CR4.SMEP",
         lambda: int(bool(register(machine, "cr4") & Cr4.SMEP)),
-        lambda attempts: suspend(driver, attempts),
+        lambda attempts: suspend(machine, attempts),
         symbols,
         lambda _, after: not after,
     )
@@ -81,17 +117,40 @@ def change_tables(machine: Machine, driver: Driver, symbols: Symbols) -> Evidenc
     return observe(
         "CR3",
         lambda: register(machine, "cr3"),
-        lambda attempts: suspend(driver, attempts),
+        lambda attempts: suspend(machine, attempts),
         symbols,
         lambda _, after: after & ENTRY_ADDRESS == root,
         hex,
     )
 
 
+def verified(
+    change: Callable[[Machine, Driver, Symbols], Evidence], machine: Machine, driver: Driver, symbols: Symbols
+) -> Evidence:
+    verify(machine, driver, symbols, 2)
+    return change(machine, driver, symbols)
+
+
 _ATTACKS: list[tuple[str, str, str, Callable[[Machine, Driver, Symbols], Evidence]]] = [
-    ("s3-changed-waking-vector", "Has S3 wake in the attacker's code", BOOT_SCRIPT, change_vector),
-    ("s3-changed-saved-cr4", "Changes the CR4 that waking restores", SEAN_S3, change_cr4),
-    ("s3-changed-page-tables", "Changes the CR3 that waking restores", SEAN_S3, change_tables),
+    ("changed-waking-vector", "Has S3 wake in the attacker's code", BOOT_SCRIPT, change_vector),
+    ("changed-saved-cr4", "Changes the CR4 that waking restores", SEAN_S3, change_cr4),
+    ("changed-page-tables", "Changes the CR3 that waking restores", SEAN_S3, change_tables),
 ]
-TRANSITIONS = [Transition("s3", "Suspends to RAM, and wakes by the clock's alarm", "ACPI 6.5, S3", s3)]
-TRANSITION_ATTACKS = [Attack(*words) for words in _ATTACKS]
+TRANSITIONS = [
+    Transition("s3", "Suspends to RAM, and wakes by the clock's alarm", "ACPI 6.5, S3", s3),
+    Transition(
+        "s3-verified",
+        "Suspends to RAM; the kernel's own code wakes, and no other runs until all pins hold",
+        "ACPI 6.5, S3",
+        s3_verified,
+    ),
+]
+TRANSITION_ATTACKS = [
+    *(Attack(f"s3-{name}", sentence, source, change) for name, sentence, source, change in _ATTACKS),
+    *(
+        Attack(
+            f"s3-verified-{name}", f"{sentence}, where the kernel's own code wakes", source, partial(verified, change)
+        )
+        for name, sentence, source, change in _ATTACKS
+    ),
+]

@@ -423,7 +423,12 @@ class Processor:
         load = vcpu_pb2.StateLoad(
             cause=vcpu_pb2.STATE_LOAD_CAUSE_WAKE, state=state.read(self._context), before=self._before_sleep
         )
-        return Operation(vcpu_pb2.Exit(state_load=load), lambda _value: None, shuts_down=True)
+        self._context.open_window(())  # of no page, unless the answer has some
+        return Operation(vcpu_pb2.Exit(state_load=load), lambda _value: self._leave_empty_window(), shuts_down=True)
+
+    def _leave_empty_window(self) -> None:
+        if not self._context.window:
+            self._context.open_window(None)
 
     def _take_smi(self) -> Operation | None:
         """SMI comes before all others; inside SMM and before SIPI it waits, as INIT and NMI do inside."""
@@ -671,6 +676,7 @@ class Processor:
             self._engine.set_pending(True)
             return None
         if isinstance(value, vcpu_pb2.Sleep):
+            value.waking_vector = startup.waking_vector(self._context)
             return Operation(vcpu_pb2.Exit(sleep=value), lambda _value: self._fall_asleep(), 0, lambda _value: None)
         if isinstance(value, vcpu_pb2.DebugExit):
             return Operation(vcpu_pb2.Exit(debug_exit=value))

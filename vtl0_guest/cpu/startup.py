@@ -53,17 +53,22 @@ def start(context: Context, vector: int) -> None:
     context.open_window(() if context.intercepts.startup_window else None)
 
 
+def waking_vector(context: Context) -> int:
+    """What the FACS says now; 0 without one."""
+    try:
+        facs = context.memory.physical.read(FACS_ADDRESS, WAKING_VECTOR + 4)
+    except NestedFault:
+        return 0
+    return int.from_bytes(facs[WAKING_VECTOR:], "little") if facs.startswith(b"FACS") else 0
+
+
 def wake(context: Context) -> None:
     """Out of S3: INIT's state, in real mode at the waking vector. Raises Shutdown if there is none.
 
     Source: ACPI 6.5, 5.2.10: CS is the vector's paragraph, IP the rest.
     """
-    try:
-        facs = context.memory.physical.read(FACS_ADDRESS, WAKING_VECTOR + 4)
-    except NestedFault:
-        facs = b""
-    vector = int.from_bytes(facs[WAKING_VECTOR:], "little")
-    if not facs.startswith(b"FACS") or not 0 < vector < 1 << 20:
+    vector = waking_vector(context)
+    if not 0 < vector < 1 << 20:
         raise Shutdown(f"S3: no waking vector below 1 MiB (FACS at {FACS_ADDRESS:#x}: {vector:#x})")
     init(context)
     registers = state.read(context)

@@ -2,7 +2,8 @@
 
 The roots share the level's leaf tables, so rights of data are those of everybody; no-execute in the entries above them
 takes execution away from all pages at once. Only the 2 MiB areas that hold pages of the window have leaf tables of
-their own, copied from the level's whenever the engine takes up a change. The user root executes nothing.
+their own, copied from the level's whenever the engine takes up a change. The user root executes nothing, and the kernel
+root all pages of the window: also one that nobody executes elsewhere, as the code that wakes from S3.
 """
 
 from __future__ import annotations
@@ -60,6 +61,6 @@ def roots(nested: NestedTable, number: int, runs: Runs) -> tuple[int, int]:
         for index in range(_ENTRIES):
             word = words[source + index]
             page = area * _ENTRIES + index
-            words[(leaves + slot) * _ENTRIES + index] = word if not word or contains(runs, page) else word | NX
+            words[(leaves + slot) * _ENTRIES + index] = word and (word & ~NX if contains(runs, page) else word | NX)
         words[at + area] = nested.table_entry(leaves + slot)
     return nested.table_address(kernel), nested.table_address(user)

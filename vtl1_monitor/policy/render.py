@@ -21,6 +21,7 @@ _CONSEQUENCE = {
 }
 _SLEEP = {
     SleepMode.RESTORE: "VTL1 loads the state that it sealed",
+    SleepMode.VERIFY: "the waking code runs alone until every pin holds; else reset",
     SleepMode.RESET: "waking is a reset",
     SleepMode.REFUSE: "refused",
 }

@@ -144,6 +144,7 @@ def _assemble(
             for name, action in policy.actions.items()
         },
         lifecycle=policy.lifecycle,
+        waking=next((rule.run for rule in memory if rule.name == policy.lifecycle.waking), None),
     )
 
 

@@ -108,7 +108,11 @@ class Action:
 
 @dataclass(frozen=True)
 class Rules:
-    """All rules of one machine. The empty value allows everything: it is what holds before a policy is taken."""
+    """All rules of one machine. The empty value allows everything: it is what holds before a policy is taken.
+
+    Attributes:
+        waking: pages of the code that wakes from S3, where the policy has it run.
+    """
 
     policy_name: str = ""
     registers: Mapping[int, ValueRule] = field(default_factory=dict)
@@ -128,6 +132,7 @@ class Rules:
     services: frozenset[Service] = frozenset(Service)
     actions: Mapping[str, Action] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    waking: Run | None = None
     startup: StartupRule = field(default_factory=lambda: StartupRule(allowed=True))
 
     def violation(self, rule: str) -> Violation:

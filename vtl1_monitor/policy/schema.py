@@ -58,6 +58,7 @@ class SleepMode(Enum):
     """What S3 is while VTL1 is enabled."""
 
     RESTORE = "restore"
+    VERIFY = "verify"
     RESET = "reset"
     REFUSE = "refuse"
 
@@ -311,6 +312,7 @@ class Lifecycle(Model):
     upgrade: Annotated[Upgrade, _by_value(Upgrade)] = Upgrade.REFUSE
     minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     s3: Annotated[SleepMode, _by_value(SleepMode)] = SleepMode.RESTORE
+    waking: Name | None = None
 
 
 class Policy(Model):
@@ -367,6 +369,20 @@ def cross_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
             yield ("violation", rule.name), "private memory is never opened: use gp, halt or reset"
     yield from _action_checks(policy)
     yield from _startup_checks(policy)
+    yield from _sleep_checks(policy)
+
+
+def _sleep_checks(policy: Policy) -> Iterator[tuple[Path, str]]:
+    name = policy.lifecycle.waking
+    if name is None:
+        if policy.lifecycle.s3 is SleepMode.VERIFY:
+            yield ("lifecycle", "s3"), "'verify' needs 'waking', the memory rule of the waking code"
+        return
+    rule = next((rule for rule in policy.memory if rule.name == name), None)
+    if rule is None:
+        yield ("lifecycle", "waking"), f"no memory rule is called '{name}'"
+    elif rule.default or not rule.access.startswith("r-"):
+        yield ("lifecycle", "waking"), f"'{name}' is not memory that VTL0 reads and cannot write"
 
 
 def _startup_checks(policy: Policy) -> Iterator[tuple[Path, str]]:

@@ -1,4 +1,4 @@
-"""The window after SIPI: which pages the vCPU may execute, and what it must hold when it leaves them.
+"""The window after SIPI, or waking from S3: what the vCPU may execute, and what it must hold when it leaves that.
 
     fetch from the trampoline   -> RETRY, the window has its pages
     fetch from anywhere else    -> COMMIT if every pin holds then (or can be set: pins: set); else as the rule says
@@ -17,11 +17,12 @@ from vtl1_monitor.judge import Verdict
 from vtl1_monitor.machine import Machine
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.services.call import Call
+from vtl1_monitor.sleep_judge import judge_awake
 from vtl1_monitor.startup_judge import LOW_MEMORY_PAGES, RULE, pinned_state, with_pins
 from vtl1_monitor.state_judge import judge_state
 from vtl1_monitor.steps import Steps, protect
 from vtlab.ram import PAGE_SIZE, RamFile
-from vtlab.v1 import vcpu_pb2
+from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _CODE = rights.READ | rights.KERNEL_EXECUTE | rights.SEALED
 
@@ -44,6 +45,12 @@ def fetch_outside(call: Call, exit_: vcpu_pb2.Exit) -> Steps:
     rule, page = machine.rules.startup, load.gpa // PAGE_SIZE
     processor = machine.processors[call.vp_index]
     kernel = load.state.registers.cpl != 3
+    if processor.sealed is not None:
+        sealed = registers_pb2.ProcessorState.FromString(processor.sealed)
+        call.resolution, rule_name = judge_awake(machine.rules, machine, load.state, sealed)
+        processor.sealed = None
+        machine.verdicts.record(exit_, call.resolution, rule_name)
+        return 0
     if kernel and rule.run is not None and rule.run.first <= page < rule.run.end:
         _admit(call, [rule.run])
     elif kernel and rule.low_memory and page in machine.low_memory:

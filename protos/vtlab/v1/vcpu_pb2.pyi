@@ -2041,16 +2041,20 @@ class Sleep(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_FIELD_NUMBER: _builtins.int
+    WAKING_VECTOR_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """"ACPI S3"."""
+    waking_vector: _builtins.int
+    """Where the boot processor would wake: the FACS's firmware waking vector, as VTL0's memory has it now; 0 without a FACS."""
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
+        waking_vector: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "waking_vector", b"waking_vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2139,7 +2143,8 @@ Global___Startup: _TypeAlias = Startup  # noqa: Y015
 class StateLoad(_message.Message):
     """A vCPU is to go on with a whole state that no judged write led to: all of it is judged at once. COMMIT: it goes on.
     STARTUP_END: RETRY fetches again, after an update; DENY and SKIP leave the vCPU as INIT does, waiting for SIPI.
-    WAKE: `before` is what the vCPU held when it fell asleep, `state` that of the waking vector. RSM and WAKE: nothing is loaded yet; every answer but COMMIT, HALT and RESET is a shutdown, since there is no instruction that could
+    WAKE: `before` is what the vCPU held when it fell asleep, `state` that of the waking vector. COMMIT with a startup window
+    runs the waking vector in it, to the same end as after SIPI. RSM and WAKE: nothing is loaded yet; every answer but COMMIT, HALT and RESET is a shutdown, since there is no instruction that could
     fault instead. `state` has all MSRs, as they would be; `before` is what the vCPU held at the SMI.
     """
 

@@ -89,3 +89,21 @@ def test_who_watches_can_refuse(guest: Guest) -> None:
     assert guest.run() == "sleep"
     assert sleep_and_wake(guest) == "state_load"
     assert guest.run(A.ACTION_DENY) == "shutdown"
+
+
+def test_the_waking_code_may_run_in_a_window_and_nothing_else(guest: Guest) -> None:
+    """Its page executes nowhere else; what the code leaves to is the next exit, with all that it has restored."""
+    prepare(guest)
+    page, outside = VECTOR >> 12, VECTOR + 0x1000  # CS starts at the vector
+    guest.poke(VECTOR, assemble("mov ebx, 0x1234; jmp 0x1000", 16, 0))
+    guest.poke(outside, assemble("out 0x99, al; hlt", 16))
+    guest.filter(state_loads=True)
+    guest.protect(VECTOR & -0x1000, access=A.PageAccess(read=True))
+    assert guest.run() == "sleep"
+    assert guest.exit.sleep.waking_vector == VECTOR
+    assert sleep_and_wake(guest) == "state_load"
+    window = A.Update(startup_window=A.StartupWindow(runs=[page, 1]))
+    assert guest.run(A.ACTION_COMMIT, updates=[window]) == "state_load"
+    load = guest.exit.state_load
+    assert (load.cause, load.gpa, load.state.registers.rbx) == (A.STATE_LOAD_CAUSE_STARTUP_END, outside, 0x1234)
+    assert guest.run(A.ACTION_COMMIT) == "port"

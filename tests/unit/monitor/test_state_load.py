@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from vtl1_monitor.judge import judge
 from vtl1_monitor.policy.rules import Rules, TableRule, ValueRule
 from vtl1_monitor.policy.schema import Lifecycle, SleepMode, StateViolation, Violation
-from vtl1_monitor.state_load import SLEEP, SMBASE, UNKNOWN, judge_load, restored
+from vtl1_monitor.sleep_judge import SLEEP
+from vtl1_monitor.state_load import SMBASE, UNKNOWN, judge_load, woken
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import StateLoad
@@ -92,7 +92,7 @@ def wake(before: ProcessorState) -> StateLoad:
 def test_waking_goes_back_to_the_sealed_state() -> None:
     verdict = judge_load(RULES, World(), wake(held()))
     assert (verdict.rule, verdict.resolution.action) == (SLEEP, vcpu_pb2.ACTION_COMMIT)
-    state = restored(wake(held())).start_processor.state
+    state = woken(RULES, wake(held())).start_processor.state
     assert state.registers == held().registers
     assert not state.msrs
 
@@ -106,12 +106,3 @@ def test_a_policy_without_s3_resets_what_wakes(mode: SleepMode) -> None:
 @pytest.mark.parametrize("sealed", [held(cr0=1), held(cr3=0x9000)])
 def test_a_sealed_state_must_hold_every_pin(sealed: ProcessorState) -> None:
     assert judge_load(RULES, World(), wake(sealed)).resolution.action == vcpu_pb2.ACTION_RESET
-
-
-@pytest.mark.parametrize(
-    ("mode", "action"),
-    [(SleepMode.RESTORE, vcpu_pb2.ACTION_COMMIT), (SleepMode.REFUSE, vcpu_pb2.ACTION_COMPLETE)],
-)
-def test_falling_asleep(mode: SleepMode, action: vcpu_pb2.Action.ValueType) -> None:
-    rules = replace(RULES, lifecycle=Lifecycle.model_validate({"s3": mode.value}))
-    assert judge(rules, World(), vcpu_pb2.Exit(sleep=vcpu_pb2.Sleep())).resolution.action == action

@@ -7,6 +7,7 @@
  * need to store to them. */
 #include "kernel.h"
 #include "services.h"
+#include "sleep.h"
 #include "smp.h"
 
 #define TABLE __attribute__((section(".page_tables"), aligned(PAGE)))
@@ -53,6 +54,8 @@ void paging_init(u64 ram_size) {
     kernel_pt[INDEX(DRIVER_WINDOW, 0)] = physical(driver_scratch) | EXECUTE | PTE_WRITABLE | PTE_DIRTY;
     kernel_pt[INDEX(DRIVER_WINDOW, 0) + 1] = user_text | EXECUTE;
     kernel_pt[INDEX(APIC_WINDOW, 0)] = APIC_BASE | READ_WRITE | PTE_UNCACHED;
+
+    kernel_pt[INDEX(KERNEL_VMA + WAKE_PAGE, 0)] = WAKE_PAGE | EXECUTE; /* where the waking code changes tables */
 
     kernel_pml4[INDEX(DIRECT_MAP, 3)] = physical(direct_pdpt) | BRANCH;
     direct_pdpt[INDEX(DIRECT_MAP, 2)] = physical(direct_pd) | BRANCH;

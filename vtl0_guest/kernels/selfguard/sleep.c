@@ -12,33 +12,27 @@
 #define ANY_TIME 0xC0
 
 extern const u8 wake_code[], wake_code_end[];
-extern u64 global_descriptor_table[];
+extern const u64 global_descriptor_table[];
 s64 suspend_to_ram(void);
 
 /* What the waking code goes back to. Kernels keep it in ordinary memory, and so does this one. */
 struct suspended {
     u64 cr0, cr3, cr4;
-    u32 waking_vector;
-};
+    u32 waking_vector, padding;
+    u64 rsp;
+    struct table_register gdtr, idtr, own_gdtr;
+    u64 own_gdt[8];
+} __attribute__((packed));
 struct suspended suspended;
-static struct table_register gdtr, idtr;
+_Static_assert(__builtin_offsetof(struct suspended, rsp) == SUSPENDED_RSP, "sleep.h");
+_Static_assert(__builtin_offsetof(struct suspended, own_gdtr) == SUSPENDED_OWN_GDTR, "sleep.h");
 
 /* While boot still has control registers to itself. */
 void sleep_init(void) {
-    suspended = (struct suspended){read_cr0(), read_cr3(), read_cr4(), WAKE_PAGE};
-    asm volatile("sgdt %0; sidt %1" : "=m"(gdtr), "=m"(idtr));
+    suspended = (struct suspended){.cr0 = read_cr0(), .cr3 = read_cr3(), .cr4 = read_cr4(), .waking_vector = WAKE_PAGE};
+    asm volatile("sgdt %0; sidt %1" : "=m"(suspended.gdtr), "=m"(suspended.idtr));
+    suspended.own_gdtr = (struct table_register){sizeof suspended.own_gdt - 1, (u64)suspended.own_gdt};
     memcpy(direct(WAKE_PAGE), wake_code, (u64)(wake_code_end - wake_code));
-}
-
-/* From wakeup.S, on the early page tables, where the GDT can be written: LTR wants a task-state segment that is not busy. */
-__attribute__((section(".privileged"))) void wake_restore(void) {
-    load_gdt(&gdtr);
-    load_idt(&idtr);
-    global_descriptor_table[SELECTOR_TSS / 8] &= ~(1ull << 41);
-    load_task_register(SELECTOR_TSS);
-    write_cr4(suspended.cr4);
-    write_cr3(suspended.cr3);
-    write_cr0(suspended.cr0);
 }
 
 static u8 cmos(u8 index) {
@@ -82,6 +76,8 @@ static s64 to_ram(void) {
         return -ENOSYS;
     facs[FACS_WAKING_VECTOR / 4] = suspended.waking_vector;
     log("selfguard: suspending to RAM\n");
+    memcpy(suspended.own_gdt, global_descriptor_table, sizeof suspended.own_gdt);
+    suspended.own_gdt[SELECTOR_TSS / 8] &= ~(1ull << 41); /* LTR wants a task-state segment that is not busy */
     arm_alarm();
     u64 others = others_offline();
     s64 way = suspend_to_ram();

@@ -8,3 +8,12 @@
 #define SLEEP_TO_RAM (1 << 10)
 #define SLEEP_ENABLE (1 << 13)
 #define SELECTOR_WAKE_CODE32 0x18
+
+/* struct suspended (sleep.c) */
+#define SUSPENDED_CR0 0
+#define SUSPENDED_CR3 8
+#define SUSPENDED_CR4 16
+#define SUSPENDED_RSP 32
+#define SUSPENDED_GDTR 40
+#define SUSPENDED_IDTR 50
+#define SUSPENDED_OWN_GDTR 60

@@ -12,7 +12,7 @@ suspend_to_ram:
     push %r13
     push %r14
     push %r15
-    mov %rsp, suspended_rsp(%rip)
+    mov %rsp, suspended+SUSPENDED_RSP(%rip)
     mov $PM1A_CONTROL, %edx
     mov $(SLEEP_TO_RAM | SLEEP_ENABLE), %eax
     outw %ax, %dx
@@ -25,20 +25,8 @@ suspend_to_ram:
     pop %rbx
     ret
 
-/* From the waking code, on the early page tables. It writes control registers, so it goes when boot ends. */
-    .section .privileged, "ax"
-wake_long:
-    mov $SELECTOR_KERNEL_DATA, %eax
-    mov %eax, %ds
-    mov %eax, %es
-    mov %eax, %ss
-    mov suspended_rsp(%rip), %rsp
-    call wake_restore
-    xor %eax, %eax
-    movabs $1b, %rdx
-    jmp *%rdx
-
-/* Real mode, at WAKE_PAGE:0; runs where it is copied to. */
+/* Real mode, at WAKE_PAGE:0; runs where it is copied to. It restores all that is pinned before it leaves that page: guarded, VTL1
+ * may let no other code run until then. */
     .section .rodata
     .align 8
     .globl wake_code, wake_code_end
@@ -73,8 +61,31 @@ wake_protected:
     ljmp $SELECTOR_KERNEL_CODE, $AT(wake_64)
     .code64
 wake_64:
-    movabs $wake_long, %rax
+    movabs $(KERNEL_VMA + AT(wake_high)), %rax
     jmp *%rax
+wake_high: /* where the final page tables have this page too */
+    mov $SELECTOR_KERNEL_DATA, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    movabs $suspended, %rbx
+    xor %eax, %eax
+    lldt %ax
+    lgdt SUSPENDED_OWN_GDTR(%rbx) /* LTR writes to the table; the kernel's own cannot be written */
+    mov $SELECTOR_TSS, %eax
+    ltr %ax
+    lgdt SUSPENDED_GDTR(%rbx)
+    lidt SUSPENDED_IDTR(%rbx)
+    mov SUSPENDED_CR4(%rbx), %rax
+    mov %rax, %cr4
+    mov SUSPENDED_CR3(%rbx), %rax
+    mov %rax, %cr3
+    mov SUSPENDED_CR0(%rbx), %rax
+    mov %rax, %cr0
+    mov SUSPENDED_RSP(%rbx), %rsp
+    xor %eax, %eax
+    movabs $1b, %rdx
+    jmp *%rdx
     .align 8
 wake_gdt:
     .quad 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CF9B000000FFFF
@@ -82,8 +93,3 @@ wake_gdtr:
     .word . - wake_gdt - 1
     .long AT(wake_gdt)
 wake_code_end:
-
-    .data
-    .align 8
-    .globl suspended_rsp
-suspended_rsp: .quad 0
