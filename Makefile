@@ -13,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo matrix mutations lifecycle test check lint format protos check-protos bench kernel linux lock wheels up clean
+.PHONY: help setup demo matrix mutations lifecycle test fuzz check lint format protos check-protos bench kernel linux lock wheels up clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ lifecycle: $(VENV)/runtime.stamp  ## the sequence diagrams in docs/lifecycle.md,
 
 test: $(VENV)/developer.stamp  ## all tests, in parallel and in random order
 	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(TESTS)
+
+fuzz: $(VENV)/developer.stamp  ## hostile input of every kind; FUZZ='--count 1000000 --seed 2' for more
+	@for target in $$($(BIN)/python -m tests.fuzz --list); do $(BIN)/python -m tests.fuzz $$target $(FUZZ) || exit 1; done
 
 check: lint check-protos  ## what must hold before a change goes in
 

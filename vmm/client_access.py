@@ -14,6 +14,7 @@ from vmm.board import Board
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
 from vmm.vtl1 import enter_vtl1, take_updates
+from vtlab.enums import name_of
 from vtlab.errors import BadArgument, LimitExceeded, Refused, Unsupported
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue
@@ -99,7 +100,7 @@ def _judged_register(board: Board, processor: Processor, state: ProcessorState, 
         write.new_table.base, write.new_table.limit = value.segment.base, value.segment.limit
     else:
         write.old_value, write.new_value = old.value, value.value
-    subject = RegisterName.Name(value.name).removeprefix("REGISTER_NAME_")
+    subject = name_of(RegisterName, value.name).removeprefix("REGISTER_NAME_")
     resolution = _judge(board, processor, Exit(registers=state.registers, register_write=write), subject)
     if resolution.action == vcpu_pb2.ACTION_REPLACE:
         return RegisterValue(name=value.name, value=resolution.value)

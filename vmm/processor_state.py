@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from vtlab.enums import name_of
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
 from vtlab.x86.registers import Msr
 
@@ -92,7 +93,7 @@ def initial_state(values: Iterable[RegisterValue], pat: int) -> ProcessorState:
     state = ProcessorState(xcr0=1, debug=[0, 0, 0, 0, 0xFFFF_0FF0, 0x400])
     registers = state.registers
     for item in values:
-        name = RegisterName.Name(item.name).removeprefix("REGISTER_NAME_").lower()
+        name = name_of(RegisterName, item.name).removeprefix("REGISTER_NAME_").lower()
         if item.HasField("segment"):
             (getattr(registers, name) if name in ("cs", "ss", "ds") else getattr(state, name)).CopyFrom(item.segment)
         elif item.HasField("table"):

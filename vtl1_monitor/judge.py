@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from vtl1_monitor.policy.rules import Rules, ValueRule
 from vtl1_monitor.policy.schema import Violation
+from vtlab.enums import name_of
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.x86.registers import Msr
 
@@ -92,13 +93,13 @@ def _register_write(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict
 
 def _bits_register(rules: Rules, _facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
     rule = rules.registers.get(write.name)
-    return _value(rule, registers_pb2.RegisterName.Name(write.name), write.old_value, write.new_value)
+    return _value(rule, name_of(registers_pb2.RegisterName, write.name), write.old_value, write.new_value)
 
 
 def _table_register(rules: Rules, _facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
     rule = rules.tables.get(write.name)
     if rule is None:
-        return _commit(NO_RULE, f"{registers_pb2.RegisterName.Name(write.name)} is not pinned")
+        return _commit(NO_RULE, f"{name_of(registers_pb2.RegisterName, write.name)} is not pinned")
     same = write.old_table == write.new_table and write.old_value == write.new_value
     # LLDT and LTR reload the hidden part from memory: the same selector may mean another segment.
     if same and write.name in (registers_pb2.REGISTER_NAME_GDTR, registers_pb2.REGISTER_NAME_IDTR):
@@ -117,7 +118,7 @@ def _cr3(rules: Rules, facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
 
 
 def _free_register(_rules: Rules, _facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
-    return _commit(NO_RULE, f"{registers_pb2.RegisterName.Name(write.name)} is never pinned")
+    return _commit(NO_RULE, f"{name_of(registers_pb2.RegisterName, write.name)} is never pinned")
 
 
 def _msr(rules: Rules, _facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
@@ -132,7 +133,7 @@ def _msr(rules: Rules, _facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
 def _memory_fault(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
     fault = exit_.memory_fault
     owner = facts.owner(fault.gpa >> 12)
-    access = vcpu_pb2.AccessKind.Name(fault.access).removeprefix("ACCESS_KIND_").lower()
+    access = name_of(vcpu_pb2.AccessKind, fault.access).removeprefix("ACCESS_KIND_").lower()
     if fault.unmapped:
         return _verdict(vcpu_pb2.ACTION_DENY, UNKNOWN, f"{access} of {fault.gpa:#x}: nothing is there")
     if not owner:

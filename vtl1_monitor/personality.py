@@ -22,6 +22,7 @@ from vtl1_monitor.services.startup import fetch_outside
 from vtl1_monitor.services.table import serve
 from vtl1_monitor.state_load import woken
 from vtl1_monitor.steps import ProtectFailed, Steps, protect
+from vtlab.enums import name_of
 from vtlab.errors import WrongState
 from vtlab.services import Service
 from vtlab.v1 import registers_pb2, vcpu_pb2
@@ -53,7 +54,7 @@ class PolicyProcessor:
             machine.wait_for_turn(self)
             handler = _HANDLERS.get((self._steps is not None, enter.reason))
             if handler is None:
-                reason = vcpu_pb2.EnterReason.Name(enter.reason)
+                reason = name_of(vcpu_pb2.EnterReason, enter.reason)
                 state = "a service waits for its protection" if self._steps is not None else "it waits for VTL0"
                 raise WrongState(f"vCPU {self._vp_index} of VTL1", state=state, operation=f"be entered with {reason}")
             before = machine.judging if enter.reason in _JUDGING else None
@@ -165,7 +166,7 @@ class PolicyProcessor:
         intercept = enter.intercept
         client = enter.reason == vcpu_pb2.ENTER_REASON_CLIENT_WRITE
         if client != (intercept.origin == vcpu_pb2.ORIGIN_CLIENT):
-            origin = vcpu_pb2.Origin.Name(intercept.origin)
+            origin = name_of(vcpu_pb2.Origin, intercept.origin)
             raise WrongState(f"vCPU {self._vp_index} of VTL1", f"entered with a write whose origin is {origin}")
         load = intercept.state_load
         if load.cause == vcpu_pb2.STATE_LOAD_CAUSE_STARTUP_END:

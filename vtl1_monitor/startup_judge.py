@@ -6,6 +6,7 @@ from vtl1_monitor.judge import Verdict
 from vtl1_monitor.policy.rules import Rules, StartupRule
 from vtl1_monitor.policy.schema import Violation
 from vtl1_monitor.state_judge import StateFacts, judge_state
+from vtlab.enums import name_of
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.x86.registers import Cr0, Cr4, Efer, Msr, Vector
 
@@ -32,7 +33,7 @@ KEPT = tuple(_MODE)
 
 def judge_startup(rules: Rules, facts: StateFacts, startup: vcpu_pb2.Startup) -> Verdict:
     """Decides one message that stops or starts a vCPU."""
-    kind = vcpu_pb2.StartupKind.Name(startup.kind).removeprefix("STARTUP_KIND_")
+    kind = name_of(vcpu_pb2.StartupKind, startup.kind).removeprefix("STARTUP_KIND_")
     what = f"startup: {kind} for vCPU {startup.target_vp}"
     if startup.kind == vcpu_pb2.STARTUP_KIND_INIT and startup.target_vp == 0:
         return _verdict(vcpu_pb2.ACTION_COMMIT, f"{what} is a RESET")

@@ -92,6 +92,11 @@ def check_input_value(value: InputValue, shape: Shape, *, xmm: bool = False, no_
     return HvStatus.SUCCESS
 
 
+def whole_xmm(xmm: bytes) -> bytes:
+    """XMM0 to XMM5 as they came with the call: all of them or, from a guest process that leaves some out, none."""
+    return xmm if len(xmm) == XMM_SIZE - FAST_INPUT_SIZE else b""
+
+
 def _align(size: int, to: int) -> int:
     return -(-size // to) * to
 

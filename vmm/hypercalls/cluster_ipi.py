@@ -54,7 +54,7 @@ def _send(call: Call, targets: set[int] | None) -> Reply:
 
 def interrupt_level(board: Board, vp_index: int, vtl: int, update: Update) -> None:
     """Gives a level of a vCPU something that raises an interrupt there; a higher one preempts a lower one at once."""
-    board.processors[vp_index].post(update, vtl=vtl)
+    board.processors[vp_index].post_once(update, vtl=vtl)  # a vector that waits already is one interrupt
     if vtl == VTL0:
         vina.notice(board, vp_index)
     if vtl == VTL1 and board.guest_code:

@@ -73,4 +73,4 @@ def _post(call: Call, chosen: list[Processor]) -> None:
         return
     with call.board.gate.none_inside():
         for processor in chosen:
-            processor.post(update, vtl=call.vtl)
+            processor.post_once(update, vtl=call.vtl)

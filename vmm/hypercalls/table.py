@@ -114,7 +114,7 @@ class Hypercalls:
         profile = board.profile
         value = abi.decode(request)
         shape = row.columns if row.columns is not None and profile.register_columns else row.shape
-        xmm = exit_.hypercall.xmm
+        xmm = abi.whole_xmm(exit_.hypercall.xmm)
         empty = row.empty and not profile.no_repetitions
         status = abi.check_input_value(value, shape, xmm=bool(xmm), no_repetitions=empty)
         if value.reserved:
@@ -143,7 +143,7 @@ class Hypercalls:
             return True
         offset = value.rep_start * shape.element_out
         if value.fast:
-            xmm = bytearray(call.exit.hypercall.xmm)
+            xmm = bytearray(abi.whole_xmm(call.exit.hypercall.xmm))
             start = abi.fast_output(value, shape) - abi.FAST_INPUT_SIZE + offset
             xmm[start : start + len(reply.output)] = reply.output
             for number in range(start // 16, -(-(start + len(reply.output)) // 16)):

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vtlab.client.names import state_name
+from vtlab.enums import name_of
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
 
 
 def _register_write(write: vcpu_pb2.RegisterWrite) -> str:
-    name = registers_pb2.RegisterName.Name(write.name).removeprefix("REGISTER_NAME_")
+    name = name_of(registers_pb2.RegisterName, write.name).removeprefix("REGISTER_NAME_")
     if write.HasField("new_table"):
         old, new = write.old_table, write.new_table
         return f"{name} {old.base:#x}/{old.limit:#x} -> {new.base:#x}/{new.limit:#x}"
@@ -24,7 +25,7 @@ def _msr(access: vcpu_pb2.MsrAccess) -> str:
 
 
 def _memory_fault(fault: vcpu_pb2.MemoryFault) -> str:
-    access = vcpu_pb2.AccessKind.Name(fault.access).removeprefix("ACCESS_KIND_").lower()
+    access = name_of(vcpu_pb2.AccessKind, fault.access).removeprefix("ACCESS_KIND_").lower()
     where = f"GPA {fault.gpa:#x}" + (f" GVA {fault.gva:#x}" if fault.HasField("gva") else "")
     return f"{access} {where}" + (" (walk)" if fault.page_walk else "") + (" (unmapped)" if fault.unmapped else "")
 
@@ -60,7 +61,7 @@ def describe_exit(one: vcpu_pb2.Exit) -> str:
 
 
 def _resolution(resolution: vcpu_pb2.Resolution) -> str:
-    action = vcpu_pb2.Action.Name(resolution.action).removeprefix("ACTION_").lower()
+    action = name_of(vcpu_pb2.Action, resolution.action).removeprefix("ACTION_").lower()
     return action + (f" ({resolution.reason})" if resolution.reason else "")
 
 
@@ -76,7 +77,7 @@ def _protection(update: vcpu_pb2.ProtectionUpdate) -> str:
             "rwxu", (access.read, access.write, access.kernel_execute, access.user_execute), strict=True
         )
     )
-    store = vcpu_pb2.PageStore.Name(update.store).removeprefix("PAGE_STORE_").lower()
+    store = name_of(vcpu_pb2.PageStore, update.store).removeprefix("PAGE_STORE_").lower()
     return f"{sum(update.runs[1::2])} pages {rights} {store}" + (" page tables" if access.page_table else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from vtlab.enums import name_of
 from vtlab.errors import BadArgument
 from vtlab.v1 import registers_pb2, vmm_pb2
 
@@ -24,12 +25,12 @@ EVENT_KINDS: dict[str, vmm_pb2.EventKind.ValueType] = {
 
 def state_name(state: vmm_pb2.MachineState.ValueType) -> str:
     """ "RUNNING" for MACHINE_STATE_RUNNING."""
-    return vmm_pb2.MachineState.Name(state).removeprefix(_STATE_PREFIX)
+    return name_of(vmm_pb2.MachineState, state).removeprefix(_STATE_PREFIX)
 
 
 def event_name(kind: vmm_pb2.EventKind.ValueType) -> str:
     """ "serial" for EVENT_KIND_SERIAL."""
-    return vmm_pb2.EventKind.Name(kind).removeprefix(_EVENT_PREFIX).lower()
+    return name_of(vmm_pb2.EventKind, kind).removeprefix(_EVENT_PREFIX).lower()
 
 
 def event_kinds(kinds: Iterable[str | int]) -> list[vmm_pb2.EventKind.ValueType]:

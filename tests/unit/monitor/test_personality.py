@@ -35,7 +35,7 @@ def take_policy_call(vtl0: Vtl0, vp_index: int = 0) -> vcpu_pb2.Exit:
     return vtl0.enter(CALL, vp_index, registers=registers)
 
 
-@pytest.mark.parametrize("reason", [0, RESUME, vcpu_pb2.ENTER_REASON_INTERRUPT])
+@pytest.mark.parametrize("reason", [0, RESUME, vcpu_pb2.ENTER_REASON_INTERRUPT, 65535])
 def test_what_an_idle_vcpu_is_not_entered_with(vtl0: Vtl0, reason: vcpu_pb2.EnterReason.ValueType) -> None:
     with pytest.raises(WrongState, match="waits for VTL0"):
         vtl0.enter(reason)

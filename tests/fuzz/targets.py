@@ -1,0 +1,18 @@
+"""The targets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fuzz.files import LoaderTarget, ModuleTarget, PolicyTarget
+from tests.fuzz.hypercalls import HypercallTarget
+from tests.fuzz.messages import MessageTarget
+from tests.fuzz.target import Target
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "hypercalls": HypercallTarget,
+    "loaders": LoaderTarget,
+    "messages": MessageTarget,
+    "modules": ModuleTarget,
+    "policies": PolicyTarget,
+}

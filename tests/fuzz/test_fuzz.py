@@ -1,0 +1,46 @@
+"""A short run of every target, with another seed each time that the code changes; `make fuzz` runs more."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.fuzz.__main__ import main
+from tests.fuzz.target import Target, mutated
+from tests.fuzz.targets import TARGETS
+
+SHORT = {"hypercalls": 2_000, "loaders": 200, "messages": 2_000, "modules": 200, "policies": 200}
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_short_run(name: str, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--count", str(SHORT[name]), "--seed", str(seed)]) == 0
+    assert f"{name}: {SHORT[name]} inputs of seed {seed}" in capsys.readouterr().out
+
+
+class _Broken(Target):
+    def step(self, rng: random.Random) -> str:
+        if rng.random() < 0.1:
+            raise KeyError("a hole")
+        return "survived"
+
+
+def test_a_defect_is_reported_with_what_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TARGETS, "policies", _Broken)
+    assert main(["policies", "--seed", "7"]) == 1
+    told = capsys.readouterr()
+    assert "policies: FAILED at input" in told.out
+    assert "seed 7" in told.out
+    assert "a hole" in told.err
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    first, second = (
+        [mutated(rng, [b"abcdefgh" * 9, b"xyz"]) for _ in range(200)] for rng in (random.Random(3), random.Random(3))
+    )
+    assert first == second
+    assert len(set(first)) > 100
