@@ -138,7 +138,7 @@ class HypercallTarget(Target):
         processor = self.board.processors[vp_index]
         waiting = processor.waiting
         for vtl in (0, 1):
-            processor._prepare(processor._guest, vtl, vcpu_pb2.Enter(), kick_first=False)
+            processor._take_waiting(vcpu_pb2.Enter(), vtl)
         return waiting
 
     def check(self) -> None:

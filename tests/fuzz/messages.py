@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from tests.fuzz.target import Target, mutated
 from tests.unit.vmm.fakes import FakeLevel
+from vmm.journal import Journal
 from vmm.machines import Machines
 from vmm.service import VmmService
 from vtl0_guest.service import VcpuService as GuestVcpuService
@@ -137,7 +138,7 @@ class MessageTarget(Target):
         folder.mkdir()
         create_ram_files(folder, RAM)
         (folder / "image").write_bytes(b"\xf4")
-        self._machines = Machines(folder / "vmm", FakeLevel)
+        self._machines = Machines(folder / "vmm", FakeLevel, Journal(folder / "journal"))
         sha256, _ = self._machines.images.add([b"\xf4"])
         image = vcpu_pb2.BootImage(sha256=sha256)
         self._machines.create("vm", vmm_pb2.MachineSpec(ram_size=RAM, vp_count=2, vtl1=True, image=image))
