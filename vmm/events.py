@@ -53,6 +53,9 @@ LASTING = frozenset(
 # Entries of the same kind that are kept, and the sum of their weights (bytes or runs; see record).
 CAPACITY = 2048
 WEIGHT = 4 << 20
+# The same where every exit may be wanted.
+LARGE_CAPACITY = 1 << 17
+LARGE_WEIGHT = 128 << 20
 # Seconds after which a waiting reader looks whether its client is still there.
 _LOOK = 1.0
 

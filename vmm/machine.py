@@ -523,6 +523,8 @@ class Machine:
             personality=self.spec.personality if self._guest_code else vcpu_pb2.PERSONALITY_UNSPECIFIED,
             reference=reference,
             local_apic_enabled=self._board.profile.local_apic_enabled,
+            deterministic=self.spec.deterministic,
+            seed=self.spec.seed,
             start=start,
         )
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from vmm import designs
 from vmm.devices import optional
-from vmm.events import EventLog
+from vmm.events import CAPACITY, LARGE_CAPACITY, LARGE_WEIGHT, WEIGHT, EventLog
 from vmm.images import ImageStore
 from vmm.journal import Journal
 from vmm.ledger import Ledger
@@ -87,7 +87,9 @@ class Machines:
             self._clear_leftovers([guest, monitor] if monitor else [guest])
             folder = self._directory / vm
             ledger = Ledger(self._journal, vm)
-            events = EventLog(vm, self._numbers, on_staged=ledger.touch)
+            # A machine whose runs repeat is there to be looked at: its readers may lag behind further.
+            capacity, weight = (LARGE_CAPACITY, LARGE_WEIGHT) if spec.deterministic else (CAPACITY, WEIGHT)
+            events = EventLog(vm, self._numbers, capacity, weight, on_staged=ledger.touch)
             machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger)
             with self._lock:
                 self._machines[vm] = machine
@@ -140,6 +142,12 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
         ("spec.vsm_profile", lambda: spec.vsm_profile in ("", *PROFILES), " or ".join(PROFILES)),
         ("spec.design", lambda: spec.design in ("", *designs.NAMES), " or ".join(designs.NAMES)),
         ("spec.vtl1", lambda: not spec.vtl1 or spec.design in ("", designs.DEFAULT), "false with that design"),
+        (
+            "spec.deterministic",
+            lambda: not spec.deterministic or spec.personality != PERSONALITY_GUEST_CODE,
+            "false where VTL1 is guest code: two processes take turns by the host's time",
+        ),
+        ("spec.seed", lambda: spec.deterministic or not spec.seed, "0 without spec.deterministic"),
         ("spec.personality", lambda: spec.vtl1 or spec.personality != PERSONALITY_GUEST_CODE, "a policy without VTL1"),
     )
     for field, holds, wanted in checks:

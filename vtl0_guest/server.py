@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vtl0_guest.cpu.core import Core
 from vtl0_guest.cpu.devices.platform import build_platform
+from vtl0_guest.cpu.devices.virtual_clock import VirtualClock
 from vtl0_guest.cpu.processor import Processor
 from vtl0_guest.images import read_file
 from vtl0_guest.loaders import load
@@ -45,8 +46,10 @@ class CoreLevel:
             raise BadArgument("memory_directory", str(error)) from None
         try:
             state = request.start if request.HasField("start") else _load(request, folder, self._ram)
-            self._platform = build_platform(request.vp_count, request.ram_size)
-            self._core = Core(self._ram, request.vp_count, _VTL, self._platform)
+            seed = request.seed if request.deterministic else None
+            virtual = VirtualClock() if request.deterministic else None
+            self._platform = build_platform(request.vp_count, request.ram_size, virtual)
+            self._core = Core(self._ram, request.vp_count, _VTL, self._platform, seed=seed)
             if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
                 self._core.share(folder / TURN_FILE)
             if request.HasField("reference"):

@@ -167,5 +167,7 @@ def _check(request: vcpu_pb2.AttachRequest) -> None:
         raise BadArgument("vtl", f"{request.vtl}: this process is VTL0")
     if not 1 <= request.vp_count <= MAX_PROCESSORS:
         raise BadArgument("vp_count", f"{request.vp_count} is not between 1 and {MAX_PROCESSORS}")
+    if request.deterministic and request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
+        raise BadArgument("deterministic", "runs do not repeat where both levels run guest code")
     if not request.ram_size or request.ram_size % PAGE_SIZE:
         raise BadArgument("ram_size", f"{request.ram_size} is not a positive multiple of {PAGE_SIZE}")

@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from vmm.cli.exit_codes import ExitCode, of_debug_exit
+from vmm.cli.exit_log import ExitLog
 from vmm.cli.output import print_error, print_json
 from vmm.cli.qemu_options import FlatStart, SerialTarget
 from vtlab.errors import VtlabError
@@ -37,6 +39,8 @@ class Boot:
         policy, policy_name: text of a policy that overrides the guest's, and the file that it came from.
         guard_on: guard the machine with the policy once COM1 has said this.
         timeout: seconds after which it is stopped; 0 is never.
+        deterministic: seed of a run that repeats.
+        exit_log: file for a line an exit.
         as_json: the report is one line of JSON with the serial output in it.
     """
 
@@ -58,6 +62,8 @@ class Boot:
     policy_name: str = ""
     guard_on: str = ""
     timeout: float = 0
+    deterministic: int | None = None
+    exit_log: str = ""
     as_json: bool = False
 
 
@@ -65,6 +71,7 @@ def boot(what: Boot, laboratory: contextlib.AbstractContextManager[Lab]) -> int:
     """Boots it and waits for its end. Returns the exit code: (value << 1) | 1 of the guest's debug exit, or ours."""
     with contextlib.ExitStack() as stack:
         sinks = stack.enter_context(_sinks(what.serial, what.as_json))
+        log_file = stack.enter_context(Path(what.exit_log).open("w", encoding="ascii")) if what.exit_log else None
         lab = stack.enter_context(laboratory)
         machine = stack.enter_context(
             lab.create(
@@ -80,6 +87,7 @@ def boot(what: Boot, laboratory: contextlib.AbstractContextManager[Lab]) -> int:
                 design=what.design,
                 design_options=what.design_options,
                 stop_on_reset=what.no_reboot,
+                deterministic=what.deterministic,
                 **_flat(what.start),
             )
         )
@@ -88,8 +96,11 @@ def boot(what: Boot, laboratory: contextlib.AbstractContextManager[Lab]) -> int:
         for port, target in enumerate(what.serial):
             if target.stdio:
                 _forward_stdin(machine, port)
+        log = ExitLog(machine, log_file) if log_file is not None else None
         late = _start(machine, what.timeout, stack)
         end = _follow(machine, sinks, _Trigger(machine, what.guard_on))
+        if log is not None and (lost := log.finish()):
+            print_error(f"{what.exit_log}: {lost} events are missing: they came faster than they could be written")
         return _report(machine, end, late.is_set(), what.timeout, what.as_json)
 
 

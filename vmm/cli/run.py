@@ -53,6 +53,13 @@ def run(
         str, typer.Option("-guard-on", metavar="TEXT", help="Guard it with --policy when COM1 has said this.")
     ] = "",
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
+    deterministic: Annotated[
+        int | None,
+        typer.Option("--deterministic", metavar="SEED", min=0, max=(1 << 64) - 1, help="A run that repeats exactly."),
+    ] = None,
+    exit_log: Annotated[
+        str, typer.Option("--exit-log", metavar="FILE", help="A line for each exit, to compare runs with diff.")
+    ] = "",
     rules: options.Rules = "",
     vmm: options.Vmm = "",
     monitor: options.Monitor = "",
@@ -83,6 +90,8 @@ def run(
         policy_name=policy,
         guard_on=guard_on,
         timeout=timeout,
+        deterministic=deterministic,
+        exit_log=exit_log,
         as_json=as_json,
     )
     return boot(what, options.given_or_private(vmm, monitor, trust, rules, as_json))

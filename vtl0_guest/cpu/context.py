@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -37,6 +38,7 @@ class Context:
         waits_for_startup: after INIT, until SIPI: runs nothing and takes no interrupt.
         window: pages that alone may be executed since SIPI (startup_window.py); None: no window is open.
         asleep: in S3.
+        random: what RDRAND and RDSEED give where runs repeat; else the engine has them.
         repeat: the instruction that was emulated has elements left (REP): RIP stays on it.
     """
 
@@ -60,7 +62,10 @@ class Context:
         self.platform = platform
         self.local_apic = platform.local_apic(vp_index)
         self.hyperv = VirtualProcessor(vp_index, partition, platform)
-        self.hyperv.instant.watch = partial(engine.intercept, ExitCode.RDTSC)
+        if platform.clock.tsc_is_host:
+            self.hyperv.instant.watch = partial(engine.intercept, ExitCode.RDTSC)
+        else:
+            engine.intercept(ExitCode.RDTSC, True)
         self.intercepts = self._filter = Intercepts()
         self.smm = SystemManagement()
         self.show_smram: Callable[[], None] = lambda: None
@@ -70,6 +75,7 @@ class Context:
         self.trap_pending = False
         self.halted = False
         self.waits_for_startup = False
+        self.random = random.Random(vp_index)
         self.repeat = False
         self.asleep = False
         self.window: Runs | None = None

@@ -13,6 +13,7 @@ from vtl0_guest.cpu import hypercall_page, msrs, startup
 from vtl0_guest.cpu.coherence import Coherence
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.devices.bus import Platform
+from vtl0_guest.cpu.devices.virtual_clock import VirtualClock
 from vtl0_guest.cpu.engine import Engine, Region
 from vtl0_guest.cpu.faults import NestedFault
 from vtl0_guest.cpu.guest_memory import PhysicalMemory
@@ -30,6 +31,7 @@ from vtl0_guest.cpu.nested import (
     P,
 )
 from vtl0_guest.cpu.processor import Processor
+from vtl0_guest.cpu.schedule import Schedule
 from vtl0_guest.cpu.smm import memory as smram
 from vtl0_guest.cpu.smm.memory import Smram
 from vtl0_guest.cpu.turns import Turns
@@ -90,16 +92,26 @@ class Core:
     shares_state = False
 
     def __init__(
-        self, ram: Ram, vp_count: int, vtl: int, platform: Platform, reference_start: float | None = None
+        self,
+        ram: Ram,
+        vp_count: int,
+        vtl: int,
+        platform: Platform,
+        reference_start: float | None = None,
+        seed: int | None = None,
     ) -> None:
-        """`reference_start` is the platform clock's time at which the partition reference counter is 0; None: now.
+        """Builds it; nothing runs yet.
+
+        Args:
+            reference_start: the platform clock's time at which the partition reference counter is 0; None: now.
+            seed: runs repeat (schedule.py); the platform's clock is a VirtualClock then.
 
         Raises EngineUnsupported (vtl0_guest.cpu.unicorn_library) if this Unicorn is not the known one.
         """
         self.platform = platform
         self.vtl = vtl
         self.nested = NestedTable(ram.size, ram.size, vp_count)
-        self.turns = Turns()
+        self.turns = self._new_turns(seed)
         self._ram = ram
         self._overlay = mmap.mmap(-1, PAGE_SIZE)
         self._overlay[:] = hypercall_page.content()
@@ -125,15 +137,18 @@ class Core:
         self.reference = partition.reference
         self._processors = []
         for index in range(vp_count):
-            engine = Engine(regions, self.nested)
+            engine = Engine(regions, self.nested, counts=seed is not None)
             shadows = msrs.initial_shadows()
             context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
+            context.random.seed(f"{seed} {index}")
             context.show_smram = partial(self.show_smram, context)
             self._processors.append(Processor(self, context))
             self._hide_device_pages(context)
             if index:
                 startup.init(context)
         engines = [processor.context.engine for processor in self._processors]
+        if isinstance(self.turns, Schedule):
+            self.turns.count(engines)
         self.coherence = Coherence(self.nested, engines, self._content)
         self.carrier: int | None = None
         self._closed = False
@@ -143,7 +158,14 @@ class Core:
         platform.on_wake = self._wake
         platform.on_deadline = self._rearm
         self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
-        self._timer.start()
+        if not isinstance(self.turns, Schedule):
+            self._timer.start()
+
+    def _new_turns(self, seed: int | None) -> Turns | Schedule:
+        if seed is None:
+            return Turns()
+        assert isinstance(self.platform.clock, VirtualClock), "runs repeat in virtual time only"
+        return Schedule(self.platform.clock, seed, self._deadline, self._let_pass)
 
     def share(self, turn_file: Path) -> None:
         """The other level of each processor runs guest code too, in another process. Raises OSError."""
@@ -172,7 +194,8 @@ class Core:
         with self._timer_changed:
             self._closed = True
             self._timer_changed.notify_all()
-        self._timer.join()
+        if self._timer.is_alive():
+            self._timer.join()
         self.turns.close()
         self.platform.on_wake = lambda _vp_index: None
         self.platform.on_deadline = lambda: None
@@ -295,6 +318,9 @@ class Core:
             self._processors[vp_index].wake()
 
     def _rearm(self) -> None:
+        if isinstance(self.turns, Schedule):
+            self.turns.rearm()
+            return
         with self._timer_changed:
             self._rearmed = True
             self._timer_changed.notify_all()
@@ -325,19 +351,28 @@ class Core:
             for processor in self._processors:
                 processor.serve_while_away()
             now = platform.clock.now()
-            deadlines = [platform.next_deadline()]
-            unsent = platform.serial.first_unsent
-            if unsent is not None:
-                deadlines.append(unsent + _OUTPUT_DELAY)
-            due = min((moment for moment in deadlines if moment is not None), default=None)
+            due = self._deadline()
             if due is None or due > now:
                 with self._timer_changed:
                     if not self._rearmed and not self._closed:
                         self._timer_changed.wait(None if due is None else due - now)
                 continue
-            platform.advance(now)
-            if unsent is not None and unsent + _OUTPUT_DELAY <= now:
-                for processor in self._processors:
-                    processor.collect_output()
+            if self._let_pass(now):
                 with self._timer_changed:
                     self._timer_changed.wait(_OUTPUT_DELAY)
+
+    def _deadline(self) -> float | None:
+        """Clock.now() at which _let_pass() has something to do."""
+        unsent = self.platform.serial.first_unsent
+        deadlines = (self.platform.next_deadline(), None if unsent is None else unsent + _OUTPUT_DELAY)
+        return min((moment for moment in deadlines if moment is not None), default=None)
+
+    def _let_pass(self, now: float) -> bool:
+        """Does what is due until a moment; True if serial output is."""
+        unsent = self.platform.serial.first_unsent
+        self.platform.advance(now)
+        if unsent is None or unsent + _OUTPUT_DELAY > now:
+            return False
+        for processor in self._processors:
+            processor.collect_output()
+        return True

@@ -50,6 +50,7 @@ _TSC_AUX_OFFSET, _XCR0_OFFSET = 72, 80
 # The CPUID words that the translator and helpers consult, u64 each, follow the vendor string and the version.
 _VENDOR = b"AuthenticAMD"
 _XSAVE_COMPONENTS = len(_VENDOR) + 4 + 21 * 8
+_FEATURES_1_ECX, _RDRAND = len(_VENDOR) + 4 + 8, 1 << 30
 _PROBE_ERROR = 0x1238
 # Of `begin` and `end` in Unicorn's struct hook.
 _HOOK_RANGE = 24
@@ -78,10 +79,13 @@ class Engine:
         words: the same as 64-bit words.
         vectors: x87 and SSE registers.
         pending: an interrupt may wait; see set_pending.
+        counts: all blocks are counted, and `run` returns BUDGET_SPENT after those granted.
     """
 
-    def __init__(self, regions: Iterable[Region], nested: NestedTable) -> None:
+    def __init__(self, regions: Iterable[Region], nested: NestedTable, counts: bool = False) -> None:
         """Raises EngineUnsupported if this Unicorn is not the one that the core knows."""
+        self.counts = False
+        self._set_aside = 0  # granted blocks that come after stop_after()
         with _creation:
             engine_fixes.apply()
             self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
@@ -112,6 +116,10 @@ class Engine:
         )
         self._enter_guest_mode(nested.root(False))
         self.vectors = Vectors(self._uc, self.state)
+        if counts:
+            self.watch_blocks(True)
+            self.counts = True
+            self._close_rdrand()
 
     # ------------------------------------------------------------------------------------------------ start
 
@@ -274,6 +282,14 @@ class Engine:
             raise EngineUnsupported("Unicorn engine: the XSAVE components are not where they should be")
         struct.pack_into("<QQ", self.state, components, 0, 0)
 
+    def _close_rdrand(self) -> None:
+        """Makes RDRAND and RDSEED #UD in blocks translated from now on: the core gives numbers that repeat."""
+        word = bytes(self.state).find(_VENDOR) + _FEATURES_1_ECX
+        features = struct.unpack_from("<Q", self.state, word)[0]
+        if not features & _RDRAND:
+            raise EngineUnsupported("Unicorn engine: the CPUID words of leaf 1 are not where they should be")
+        struct.pack_into("<Q", self.state, word, features & ~_RDRAND)
+
     # ------------------------------------------------------------------------------------------------- running
 
     def arm_guards(self) -> None:
@@ -289,7 +305,7 @@ class Engine:
         It is on outside long mode, where hardware task switches exist. Blocks of long mode and of the others are never
         mixed up, since EFER.LMA is part of a block's key.
         """
-        if on != self._watching:
+        if on != self._watching and not self.counts:
             self._watching = on
             self._block_range[0], self._block_range[1] = (1, 0) if on else (_NOWHERE, _NOWHERE)
 
@@ -368,9 +384,13 @@ class Engine:
         self.words[self._xcr0] = value
 
     def set_stop(self) -> None:
-        """Makes `run` end with the exit NMI at the next block. From any thread; holds until cleared."""
+        """Makes `run` end with the exit NMI at the next block. From any thread; holds until cleared.
+
+        Where blocks are counted only the next `run`: a block that a request breaks off would count twice.
+        """
         self._stop = True
-        self._lines.raise_nmi()
+        if not self.counts:
+            self._lines.raise_nmi()
 
     def clear_stop(self) -> None:
         self._stop = False
@@ -387,6 +407,40 @@ class Engine:
     def set_budget(self, blocks: int) -> None:
         """Blocks that `run` may start before it returns BUDGET_SPENT; counted while `watch_blocks` is on."""
         self._mailbox_quads[native_hooks.BUDGET // 8] = blocks
+
+    @property
+    def _budget(self) -> int:
+        left = self._mailbox_quads[native_hooks.BUDGET // 8]
+        return left if left <= native_hooks.UNLIMITED else 0  # -1: one was asked for that was not there
+
+    def grant(self, blocks: int) -> None:
+        """So many blocks may run from now on. Where `counts`."""
+        self._set_aside = 0
+        self.set_budget(blocks)
+
+    @property
+    def blocks_left(self) -> int:
+        """Of those granted."""
+        return self._budget + self._set_aside
+
+    def stop_after(self, blocks: int) -> None:
+        """Makes `run` return BUDGET_SPENT when it has run so many blocks, whatever was granted."""
+        if self.counts:
+            left = self.blocks_left
+            blocks = min(blocks, left)
+            self._set_aside = left - blocks
+        self.set_budget(blocks)
+
+    def stop_no_more(self) -> None:
+        """Ends stop_after()."""
+        left = self.blocks_left
+        self._set_aside = 0
+        self.set_budget(left if self.counts else native_hooks.UNLIMITED)
+
+    @property
+    def spent(self) -> bool:
+        """All blocks that were granted have run."""
+        return self.counts and not self.blocks_left
 
     # ----------------------------------------------------------------------------------------------- translation
 

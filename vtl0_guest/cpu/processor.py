@@ -19,7 +19,7 @@ from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault, Shutdo
 from vtl0_guest.cpu.gates import Event
 from vtl0_guest.cpu.instructions import calls, control_registers, moves, ports, system
 from vtl0_guest.cpu.instructions.table import TABLE
-from vtl0_guest.cpu.native_hooks import UNLIMITED, Reason
+from vtl0_guest.cpu.native_hooks import Reason
 from vtl0_guest.cpu.nested import ADDRESS
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
@@ -148,7 +148,7 @@ class Processor:
         """Makes the present `run` return soon, with KICKED if nothing else comes first. Lost if none is running."""
         self._kicked = True
         self._engine.set_stop()
-        self._core.turns.wake(self._seat)
+        self._core.turns.kick(self._seat)
 
     def wake(self) -> None:
         """An interrupt, INIT or SIPI may have become deliverable."""
@@ -200,6 +200,10 @@ class Processor:
             self._yields = contended
             self._engine.intercept(ExitCode.PAUSE, contended)
 
+    @property
+    def kicked(self) -> bool:
+        return self._kicked
+
     def turn(self) -> Outcome:
         hyperv = self._context.hyperv
         runtime, instant = hyperv.runtime, hyperv.instant
@@ -238,6 +242,12 @@ class Processor:
     def _has_output(self) -> bool:
         """Serial output waits that an exit of this processor may carry."""
         return self._core.output_waits and self._core.carrier in (None, self._context.vp_index)
+
+    def _takes_output(self, message: vcpu_pb2.Exit) -> bool:
+        reason = message.WhichOneof("reason")
+        if reason == "kicked" and self._engine.counts:
+            return False  # when it came out is not repeatable
+        return self._has_output or reason in _ENDS
 
     def _must_hold(self, operation: Operation) -> bool:
         """An exit that may end the machine, or let the other level run, waits while output before it is on its way."""
@@ -323,7 +333,7 @@ class Processor:
             context.hyperv.instant.forget()
         if context.hyperv.synic.delivered:
             exit_ += vcpu_pb2.Exit(synic_delivered=context.hyperv.synic.take_delivered()).SerializeToString()
-        if core.output_waits and (self._has_output or message.WhichOneof("reason") in _ENDS):
+        if core.output_waits and self._takes_output(message):
             core.output_waits, core.carrier = False, context.vp_index
             exit_ += vcpu_pb2.Exit(serial=core.platform.serial.drain()).SerializeToString()
         return exit_
@@ -523,12 +533,14 @@ class Processor:
     # ------------------------------------------------------------------------------------------- stop reasons
 
     def _on_budget_spent(self) -> Operation | None:
-        """The IRET that ends an NMI's handler has run, unless it is the first block itself."""
-        if self._place() == self._iret:
-            self._engine.set_budget(1)
+        """The IRET that ends an NMI's handler has run, unless it is the first block itself; or the turn is over."""
+        engine = self._engine
+        if self._place() == self._iret and not engine.spent:
+            engine.stop_after(1)
             return None
-        self._engine.set_budget(UNLIMITED)
-        self._engine.watch_blocks(not self._environment.long_mode)
+        engine.stop_no_more()
+        engine.watch_blocks(not self._environment.long_mode)
+        self._turn_over = self._turn_over or engine.spent
         return None
 
     def _on_task_switch(self) -> Operation | None:
@@ -603,7 +615,7 @@ class Processor:
             self._stops_behind_iret = True
             # The page that it goes to is translated anew, with the hook that counts blocks.
             self._engine.watch_blocks(True)
-            self._engine.set_budget(0)
+            self._engine.stop_after(0)
             memory, stack = self._context.memory, self._environment.segment(Seg.SS).base
             try:
                 target = memory.read_int(stack + self._environment.gpr(Gpr.RSP), 8, implicit=True)
@@ -629,6 +641,8 @@ class Processor:
             return self._end(system.hypercall(self._context, instruction), instruction, raw)
         if instruction.mnemonic == Mnemonic.INT1:
             return self._on_software_interrupt()  # the engine does not know the opcode
+        if instruction.mnemonic in system.RANDOM and self._engine.counts:
+            return self._end(system.random_number(self._context, instruction), instruction, raw)
         raise undefined_opcode()
 
     def _on_exception(self, vector: int) -> Operation | None:

@@ -31,6 +31,10 @@ class Runner(Protocol):
     def begin_turn(self, contended: bool, /) -> None:
         """A turn follows; `contended`: others are ready too. Called with the lock of the turns held: must be quick."""
 
+    @property
+    def kicked(self) -> bool:
+        """It has to come out before it runs anything."""
+
     def turn(self) -> Outcome:
         """Runs for a turn. Never raises. No other runner has a turn meanwhile."""
 
@@ -38,7 +42,9 @@ class Runner(Protocol):
         """Makes the present turn end soon. From any thread, with the lock of the turns held."""
 
 
-class _Place(Enum):
+class Place(Enum):
+    """What a runner is doing."""
+
     OUT = auto()
     READY = auto()
     RUNNING = auto()
@@ -47,7 +53,7 @@ class _Place(Enum):
 
 
 # Looking a member up in its class takes longer than most of what an exit has to do here.
-_OUT, _READY, _RUNNING, _IDLE, _DONE = _Place
+_OUT, _READY, _RUNNING, _IDLE, _DONE = Place
 _TURN_DONE, _TURN_OVER = Outcome.DONE, Outcome.OVER
 
 
@@ -58,6 +64,7 @@ class Seat:
         self.runner = runner
         self.place = _OUT
         self.woken = False
+        self.kicked = False
         self.changed = threading.Condition(lock)
 
 
@@ -119,6 +126,10 @@ class Turns:
                 self._preempt()
             elif seat.place is _READY:
                 self._preempt()
+
+    def kick(self, seat: Seat) -> None:
+        """That runner has to come out."""
+        self.wake(seat)
 
     def between(self, action: Callable[[], object]) -> None:
         """Does something soon while no runner has a turn, on this thread or another one. It must not raise."""

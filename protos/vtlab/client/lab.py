@@ -16,7 +16,7 @@ from vtlab.client.images import Image, ImageSource, read_image
 from vtlab.client.machine import Machine
 from vtlab.client.policy import Policy
 from vtlab.client.runtime import MONITOR, Addresses, find
-from vtlab.errors import BadImage, PeerUnavailable
+from vtlab.errors import BadArgument, BadImage, PeerUnavailable
 from vtlab.trust.roles import Role
 from vtlab.v1 import vcpu_pb2, vmm_pb2, vmm_pb2_grpc
 
@@ -112,6 +112,7 @@ class Lab:
         design: str = DEFAULT_DESIGN,
         design_options: Mapping[str, str] | None = None,
         filters: vmm_pb2.UserspaceFilters | None = None,
+        deterministic: int | None = None,
     ) -> Machine:
         """Makes a machine; it does not run yet.
 
@@ -131,12 +132,15 @@ class Lab:
             design: which way of protecting itself the machine offers (docs/designs.md).
             design_options: its switches.
             filters: for design `cr-filter`, what the machine's owner wants.
+            deterministic: a seed, 0 to 2**64 - 1: runs repeat, in virtual time (docs/limits.md).
             image_format, load_address, entry, start_mode: see vtlab.v1.BootImage.
 
         Raises:
             BadImage: unreadable, larger than RAM, or malformed.
             BadArgument, AlreadyExists, LimitExceeded.
         """
+        if deterministic is not None and deterministic not in range(1 << 64):
+            raise BadArgument("deterministic", f"{deterministic} is no seed: 0 to 2**64 - 1")
         boot = read_image(image, ram)
         pairs = [module if isinstance(module, tuple) else (module, "") for module in modules]
         files = [(read_image(source, ram), text) for source, text in pairs]
@@ -152,6 +156,8 @@ class Lab:
             design=design,
             design_options=design_options,
             filters=filters,
+            deterministic=deterministic is not None,
+            seed=deterministic or 0,
             image=vcpu_pb2.BootImage(
                 sha256=self.upload(boot),
                 format=image_format,

@@ -299,6 +299,8 @@ class AttachRequest(_message.Message):
     PERSONALITY_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
     LOCAL_APIC_ENABLED_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     generation: _builtins.int
@@ -314,6 +316,9 @@ class AttachRequest(_message.Message):
     """Who answers at VTL1. Told to both levels: where both run guest code, their exits carry what levels share."""
     local_apic_enabled: _builtins.bool
     """For a VTL1 that runs guest code: its local APICs start software-enabled."""
+    deterministic: _builtins.bool
+    """For VTL0: runs repeat (MachineSpec.deterministic, seed)."""
+    seed: _builtins.int
     @_builtins.property
     def image(self) -> Global___BootImage:
         """What to boot. VTL0 loads it; VTL1 reads sections and symbols from it."""
@@ -341,11 +346,13 @@ class AttachRequest(_message.Message):
         personality: Global___Personality.ValueType = ...,
         reference: Global___ReferenceClock | None = ...,
         local_apic_enabled: _builtins.bool = ...,
+        deterministic: _builtins.bool = ...,
+        seed: _builtins.int = ...,
         start: _registers_pb2.ProcessorState | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "reference", b"reference", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "image", b"image", "local_apic_enabled", b"local_apic_enabled", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "reference", b"reference", "start", b"start", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deterministic", b"deterministic", "generation", b"generation", "image", b"image", "local_apic_enabled", b"local_apic_enabled", "memory_directory", b"memory_directory", "personality", b"personality", "ram_size", b"ram_size", "reference", b"reference", "seed", b"seed", "start", b"start", "vm", b"vm", "vp_count", b"vp_count", "vtl", b"vtl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -138,6 +138,8 @@ class MachineSpec(_message.Message):
     DESIGN_FIELD_NUMBER: _builtins.int
     DESIGN_OPTIONS_FIELD_NUMBER: _builtins.int
     FILTERS_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     KEEP_MEMORY_ON_RESET_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
@@ -154,6 +156,12 @@ class MachineSpec(_message.Message):
     """Which way of protecting itself the machine offers to the guest (vmm.designs): "vtl", "none", "heki-v2", "heki-v3",
     "cr-filter" or "mmio-device"; empty means "vtl". All but "vtl" are without VTL1.
     """
+    deterministic: _builtins.bool
+    """Runs repeat: blocks of code are counted and time is virtual, so that the same machine, seed and image give the same
+    exits (docs/limits.md says what is outside of that). Not with PERSONALITY_GUEST_CODE.
+    """
+    seed: _builtins.int
+    """Of the schedule, and of what RDRAND gives. Must be 0 without `deterministic`."""
     keep_memory_on_reset: _builtins.bool
     """A RESET by the guest leaves in RAM what VTL0 could read, as on a PC, unless VTL1 is enabled and wants it zeroed
     (ZeroMemoryOnReset, its default). Off: every RESET zeroes RAM. VTL1's pages are zeroed in any case.
@@ -188,11 +196,13 @@ class MachineSpec(_message.Message):
         design: _builtins.str = ...,
         design_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         filters: Global___UserspaceFilters | None = ...,
+        deterministic: _builtins.bool = ...,
+        seed: _builtins.int = ...,
         keep_memory_on_reset: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "devices", b"devices", "filters", b"filters", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "deterministic", b"deterministic", "devices", b"devices", "filters", b"filters", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "seed", b"seed", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ import keystone
 
 from vtl0_guest.cpu.core import Core
 from vtl0_guest.cpu.devices.platform import build_platform
+from vtl0_guest.cpu.devices.virtual_clock import VirtualClock
 from vtlab.ram import Ram, RamFile
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
@@ -65,12 +66,12 @@ def _segment(selector: int, attributes: int, base: int = 0, limit: int = 0xFFFFF
 class Guest:
     """A bare machine whose vCPU 0 runs. `memory` is the writable file, `directory` holds all files."""
 
-    def __init__(self, ram: Ram, directory: Path, vp_count: int = 1) -> None:
+    def __init__(self, ram: Ram, directory: Path, vp_count: int = 1, seed: int | None = None) -> None:
         self.ram = ram
         self.directory = directory
         self.memory = ram.views[RamFile.WRITABLE]
-        self.platform = build_platform(vp_count, ram.size)
-        self.core = Core(ram, vp_count, 0, self.platform)
+        self.platform = build_platform(vp_count, ram.size, None if seed is None else VirtualClock())
+        self.core = Core(ram, vp_count, 0, self.platform, seed=seed)
         self.processor = self.core.processor(0)
         self.exit = A.Exit()
 

@@ -14,6 +14,7 @@ import pytest
 from tests.unit.cpu.machine import DATA, HANDLERS, IDT, A, Guest, assemble, gate64
 from vtl0_guest.cpu import cpuid
 from vtl0_guest.cpu.processor import Processor
+from vtl0_guest.cpu.turns import Turns
 from vtlab.ram import Ram
 from vtlab.v1 import registers_pb2
 
@@ -33,8 +34,8 @@ INIT, STARTUP, NMI, EOI = 0x4500, 0x4600, 0x4400, "mov ecx, 0x80b; xor eax, eax;
 class Machine(Guest):
     """`programs` run on processors 0, 1, ...; each ends with VMMCALL. Without one, a processor waits for SIPI."""
 
-    def __init__(self, ram: Ram, directory: Path, vp_count: int) -> None:
-        super().__init__(ram, directory, vp_count)
+    def __init__(self, ram: Ram, directory: Path, vp_count: int, seed: int | None = None) -> None:
+        super().__init__(ram, directory, vp_count, seed)
         self._handlers: dict[int, str] = {}
 
     def boot(self, *programs: str) -> None:
@@ -291,7 +292,7 @@ def test_a_spinlock_is_handed_over_quickly(machine: Machine) -> None:
     machine.finish(0, 1)
     elapsed = time.monotonic() - start
     assert machine.peek(DATA + 8) == 2 * rounds
-    assert elapsed < rounds * 2 * machine.core.turns.SLICE / 2, "no pass waited for a slice to end"
+    assert elapsed < rounds * 2 * Turns.SLICE / 2, "no pass waited for a slice to end"
 
 
 def test_processors_that_never_pause_share_the_time(machine: Machine) -> None:

@@ -27,6 +27,8 @@ class Script:
         self.asked.clear()
         self.contended.append(contended)
 
+    kicked = False
+
     def turn(self) -> Outcome:
         self.log.append(self.name)
         self.body()

@@ -16,6 +16,11 @@ MINIMUM_PERIOD = 100e-6
 class Clock(Protocol):
     """Time of one machine."""
 
+    @property
+    def tsc_is_host(self) -> bool:
+        """The engine's RDTSC reads what tsc() does. If not, the core intercepts RDTSC."""
+        ...
+
     def now(self) -> float:
         """Seconds since some fixed moment, never backwards."""
         ...

@@ -7,7 +7,7 @@ from iced_x86 import Instruction, Mnemonic
 from vtl0_guest.cpu import cpuid as cpuid_table
 from vtl0_guest.cpu import levels, msrs
 from vtl0_guest.cpu.context import Context
-from vtl0_guest.cpu.decode import SEGMENTS, effective_offset
+from vtl0_guest.cpu.decode import SEGMENTS, effective_offset, write_register
 from vtl0_guest.cpu.environment import Gpr
 from vtl0_guest.cpu.faults import general_protection, undefined_opcode
 from vtl0_guest.cpu.gates import Event
@@ -20,7 +20,9 @@ from vtlab.x86.registers import Cr4, Msr, Rflags, Vector
 _LOW = 0xFFFF_FFFF
 _RAX = int(Gpr.RAX)
 _IF, _VM, _OF = int(Rflags.IF), int(Rflags.VM), 1 << 11
+_CF, _ARITHMETIC = 1, 0x8D5
 
+RANDOM = frozenset({Mnemonic.RDRAND, Mnemonic.RDSEED})
 SOFTWARE_INTERRUPTS = frozenset({Mnemonic.INT, Mnemonic.INT3, Mnemonic.INTO, Mnemonic.INT1})
 
 
@@ -119,6 +121,14 @@ def rdtsc(context: Context, instruction: Instruction) -> Operation | None:
     environment.set_gpr(Gpr.RDX, counter >> 32 & _LOW)
     if instruction.mnemonic == Mnemonic.RDTSCP:
         environment.set_gpr(Gpr.RCX, context.shadows[Msr.TSC_AUX])
+    return None
+
+
+def random_number(context: Context, instruction: Instruction) -> Operation | None:
+    """RDRAND and RDSEED of a machine whose runs repeat."""
+    environment = context.environment
+    write_register(environment, instruction.op0_register, context.random.getrandbits(64))
+    environment.rflags = environment.rflags & ~_ARITHMETIC | _CF
     return None
 
 
