@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.unit.cpu.machine import DATA, RAM_SIZE, A
+from tests.unit.cpu.machine import DATA, RAM_SIZE, A, assemble
 from tests.unit.cpu.test_smp import EOI, INIT, NMI, STARTUP, TRAMPOLINE, X2APIC, Machine, icr
 from vtl0_guest.cpu.devices.virtual_clock import BLOCK_NANOSECONDS
 from vtlab.ram import Ram, create_ram_files
@@ -20,75 +21,104 @@ END = "mov eax, 0xE0D; vmmcall; e: cli; hlt; jmp e"
 Log = list[tuple[int, bytes]]
 
 
-def run(
-    directory: Path,
-    seed: int,
-    programs: Sequence[str],
-    *,
-    handlers: dict[int, str] | None = None,
-    setup: Callable[[Machine], object] = lambda _machine: None,
-    disturb: bool = False,
-) -> tuple[Log, dict[str, int]]:
-    """Runs programs until each has ended; whoever serves their exits dawdles. The exits in order, and some of DATA.
+class Server:
+    """Serves the exits of all processors on threads that dawdle, until each processor in `ends` has come to END.
 
-    Args:
-        disturb: processors are kicked all the time.
+    Attributes:
+        log: (processor, exit) in the order in which they came; without KICKED.
     """
-    folder = directory / f"{time.monotonic_ns()}"
-    folder.mkdir()
-    create_ram_files(folder, RAM_SIZE)
-    log: Log = []
-    ended: set[int] = set()
-    over, done = threading.Event(), threading.Event()
-    with Ram(folder, RAM_SIZE, "vtl0") as ram:
-        machine = Machine(ram, folder, len(programs), seed)
-        for vector, code in (handlers or {}).items():
-            machine.handler(vector, code)
-        machine.boot(*programs)
-        setup(machine)
 
-        def serve(index: int) -> None:
-            dawdle = random.Random()
-            processor, action = machine.core.processor(index), A.ACTION_UNSPECIFIED
-            while not over.is_set():
-                time.sleep(dawdle.choice((0, 0, 0, 0.0005)))
-                exit_ = A.Exit.FromString(
-                    processor.run(
-                        A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=action, value=7))
-                    )
-                )
-                kind = exit_.WhichOneof("reason")
-                if kind == "kicked":
-                    action = A.ACTION_UNSPECIFIED
-                    continue
-                log.append((index, exit_.SerializeToString(deterministic=True)))
-                action = A.ACTION_COMPLETE if kind == "hypercall" else A.ACTION_COMMIT
-                if kind == "hypercall" and exit_.registers.rax == 0xE0D:
-                    ended.add(index)
-                    if len(ended) == len(programs):
-                        done.set()
-                        return
+    def __init__(self, machine: Machine, count: int, ends: set[int]) -> None:
+        self.log: Log = []
+        self._processors = [machine.core.processor(index) for index in range(count)]
+        self._running = set(ends)
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, args=(index,), daemon=True) for index in range(count)]
 
-        threads = [threading.Thread(target=serve, args=(index,), daemon=True) for index in range(len(programs))]
-        random.shuffle(threads)
+    def run(self, disturb: bool) -> None:
+        random.shuffle(started := list(self._threads))
+        for thread in started:
+            thread.start()
+        limit = time.monotonic() + 60
         try:
-            for thread in threads:
-                thread.start()
-            limit = time.monotonic() + 60
-            while not done.wait(0.001 if disturb else 1):
-                assert time.monotonic() < limit, f"{ended} ended; exits: {len(log)}"
+            while not self._over.wait(0.001 if disturb else 1):
+                assert time.monotonic() < limit, f"{self._running} did not end; exits: {len(self.log)}"
                 if disturb:
-                    machine.core.processor(random.randrange(len(programs))).kick()
+                    random.choice(self._processors).kick()
         finally:
-            over.set()
-            for index, thread in enumerate(threads):
+            self._over.set()
+            for thread in self._threads:
                 while thread.is_alive():
-                    for number in range(len(programs)):
-                        machine.core.processor(number).kick()
+                    for processor in self._processors:
+                        processor.kick()
                     thread.join(0.02)
-        found = {"first": machine.peek(DATA), "second": machine.peek(DATA + 8)}
-        machine.close()
-    return log, found
+
+    def _serve(self, index: int) -> None:
+        resolution = A.Resolution(action=A.ACTION_UNSPECIFIED)
+        while not self._over.is_set():
+            time.sleep(random.choice((0, 0, 0, 0.0005)))
+            enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=resolution)
+            exit_ = A.Exit.FromString(self._processors[index].run(enter))
+            resolution = self._answer(index, exit_)
+
+    def _answer(self, index: int, exit_: A.Exit) -> A.Resolution:
+        kind = exit_.WhichOneof("reason")
+        if kind == "kicked":
+            return A.Resolution(action=A.ACTION_UNSPECIFIED)
+        self.log.append((index, exit_.SerializeToString(deterministic=True)))
+        if kind != "hypercall":
+            return A.Resolution(action=A.ACTION_COMMIT)
+        if exit_.registers.rax == 0xE0D:
+            self._running.discard(index)
+            if not self._running:
+                self._over.set()
+        return A.Resolution(action=A.ACTION_COMPLETE, value=7)
+
+
+class Bench:
+    """Runs one machine after the other."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._numbers = itertools.count()
+
+    def run(
+        self,
+        seed: int,
+        programs: Sequence[str],
+        *,
+        handlers: Mapping[int, str] | None = None,
+        trampoline: str = "",
+        disturb: bool = False,
+    ) -> tuple[Log, list[int]]:
+        """The exits of a run, and the first two words of DATA.
+
+        Args:
+            programs: for processors 0, 1, ...
+            trampoline: code for another processor, which waits for SIPI.
+            disturb: processors are kicked all the time.
+        """
+        folder = self._directory / str(next(self._numbers))
+        folder.mkdir()
+        create_ram_files(folder, RAM_SIZE)
+        count = len(programs) + bool(trampoline)
+        with Ram(folder, RAM_SIZE, "vtl0") as ram:
+            machine = Machine(ram, folder, count, seed)
+            try:
+                for vector, code in (handlers or {}).items():
+                    machine.handler(vector, code)
+                machine.boot(*programs)
+                machine.poke(TRAMPOLINE, assemble(trampoline or "nop", 16, 0))
+                server = Server(machine, count, set(range(len(programs))))
+                server.run(disturb)
+                return server.log, [machine.peek(DATA), machine.peek(DATA + 8)]
+            finally:
+                machine.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
 TICKS = (
@@ -100,27 +130,27 @@ TICK = {
 }
 
 
-def test_timer_ticks_come_at_the_same_instruction(tmp_path: Path) -> None:
+def test_timer_ticks_come_at_the_same_instruction(bench: Bench) -> None:
     program = f"{TICKS}; xor ebx, ebx; l: inc rbx; cmp qword ptr [0x200000], 20; jb l; cli; {END}"
-    first, found = run(tmp_path, 1, [program], handlers=TICK)
-    assert found["first"] == 20
+    first, found = bench.run(1, [program], handlers=TICK)
+    assert found[0] == 20
     assert len(first) == 21
-    assert run(tmp_path, 1, [program], handlers=TICK)[0] == first
+    assert bench.run(1, [program], handlers=TICK)[0] == first
 
 
-def test_kicks_change_nothing(tmp_path: Path) -> None:
+def test_kicks_change_nothing(bench: Bench) -> None:
     program = f"{TICKS}; xor ebx, ebx; l: inc rbx; cmp qword ptr [0x200000], 100; jb l; cli; {END}"
-    first, _ = run(tmp_path, 1, [program], handlers=TICK)
-    assert run(tmp_path, 1, [program], handlers=TICK, disturb=True)[0] == first
+    first, _ = bench.run(1, [program], handlers=TICK)
+    assert bench.run(1, [program], handlers=TICK, disturb=True)[0] == first
 
 
-def test_time_jumps_while_the_guest_halts(tmp_path: Path) -> None:
+def test_time_jumps_while_the_guest_halts(bench: Bench) -> None:
     """A second of the timer takes none of the host's."""
     program = f"{TICKS.replace('300000', '100000000')}; l: hlt; cmp qword ptr [0x200000], 600; jb l; cli; {END}"
     start = time.monotonic()
-    first, _ = run(tmp_path, 1, [program], handlers={0x40: TICK[0x40].replace("vmmcall;", "")})
+    first, _ = bench.run(1, [program], handlers={0x40: TICK[0x40].replace("vmmcall;", "")})
     assert time.monotonic() - start < 50, "60 s of the guest's time"
-    assert first == run(tmp_path, 1, [program], handlers={0x40: TICK[0x40].replace("vmmcall;", "")})[0]
+    assert first == bench.run(1, [program], handlers={0x40: TICK[0x40].replace("vmmcall;", "")})[0]
 
 
 # A turn may end between the load and the store, as they are in different blocks.
@@ -130,13 +160,13 @@ RACE = (
 )
 
 
-def test_a_race_between_two_processors_repeats_and_depends_on_the_seed(tmp_path: Path) -> None:
+def test_a_race_between_two_processors_repeats_and_depends_on_the_seed(bench: Bench) -> None:
     programs = [RACE + END, RACE + END]
-    first, found = run(tmp_path, 5, programs)
-    assert 40_000 < found["first"] < 80_000, "stores were lost, as without LOCK they are"
-    assert run(tmp_path, 5, programs) == (first, found)
-    assert run(tmp_path, 5, programs, disturb=True) == (first, found)
-    assert run(tmp_path, 6, programs) != (first, found)
+    first, found = bench.run(5, programs)
+    assert 40_000 < found[0] < 80_000, "stores were lost, as without LOCK they are"
+    assert bench.run(5, programs) == (first, found)
+    assert bench.run(5, programs, disturb=True) == (first, found)
+    assert bench.run(6, programs) != (first, found)
 
 
 LOCKED = (
@@ -146,14 +176,14 @@ LOCKED = (
 
 
 @pytest.mark.parametrize("pause", ["pause", "nop"])
-def test_a_spin_lock_makes_progress_and_repeats(tmp_path: Path, pause: str) -> None:
+def test_a_spin_lock_makes_progress_and_repeats(bench: Bench, pause: str) -> None:
     program = LOCKED.format(rounds=30_000).replace("pause", pause) + END
-    first, found = run(tmp_path, 3, [program, program])
-    assert found["first"] == 60_000
-    assert run(tmp_path, 3, [program, program])[0] == first
+    first, found = bench.run(3, [program, program])
+    assert found[0] == 60_000
+    assert bench.run(3, [program, program])[0] == first
 
 
-def test_interrupts_between_processors_repeat(tmp_path: Path) -> None:
+def test_interrupts_between_processors_repeat(bench: Bench) -> None:
     rounds = 100
     save, restore = "push rax; push rcx; push rdx", "pop rdx; pop rcx; pop rax; iretq"
     handlers = {
@@ -162,73 +192,31 @@ def test_interrupts_between_processors_repeat(tmp_path: Path) -> None:
         2: f"{save}; inc qword ptr [0x200018]; {restore}",
     }
     programs = [
-        f"{X2APIC}; w: pause; cmp byte ptr [0x200010], 1; jne w; xor ebx, ebx;"
-        f"n: {icr(0x4040)}; {icr(NMI)}; inc ebx; l: cli; cmp [0x200000], rbx; je d; sti; hlt; jmp l;"
-        f"d: sti; cmp ebx, {rounds}; jne n; cli; {END}",
+        (
+            f"{X2APIC}; w: pause; cmp byte ptr [0x200010], 1; jne w; xor ebx, ebx;"
+            f"n: {icr(0x4040)}; {icr(NMI)}; inc ebx; l: cli; cmp [0x200000], rbx; je d; sti; hlt; jmp l;"
+            f"d: sti; cmp ebx, {rounds}; jne n; cli; {END}"
+        ),
         f"{X2APIC}; mov byte ptr [0x200010], 1; sti; l: cmp qword ptr [0x200008], {rounds}; jne l; cli; {END}",
     ]
-    first, found = run(tmp_path, 9, programs, handlers=handlers)
-    assert (found["first"], found["second"]) == (rounds, rounds)
-    assert run(tmp_path, 9, programs, handlers=handlers, disturb=True)[0] == first
+    first, found = bench.run(9, programs, handlers=handlers)
+    assert found == [rounds, rounds]
+    assert bench.run(9, programs, handlers=handlers, disturb=True)[0] == first
 
 
-def test_a_processor_that_was_started_by_sipi_repeats(tmp_path: Path) -> None:
-    boot = (
-        f"{X2APIC}; {icr(INIT)}; {icr(STARTUP | TRAMPOLINE >> 12)};"
-        "xor ebx, ebx; l: inc rbx; cmp qword ptr [0x200008], 0; je l; "
-    ) + END
-    code = "xor ax, ax; mov ds, ax; mov ax, 0x2000; l: dec ax; jnz l; mov dword ptr [0x300], 1; h: cli; hlt; jmp h"
-
-    def place(machine: Machine) -> None:
-        from tests.unit.cpu.machine import assemble
-
-        machine.poke(TRAMPOLINE, assemble(code, 16, 0))
-
-    program = boot.replace("0x200008", "0x300")
-    first, _ = run_alone(tmp_path, program, place)
-    assert run_alone(tmp_path, program, place)[0] == first
+def test_a_processor_that_was_started_by_sipi_repeats(bench: Bench) -> None:
+    program = (
+        f"{X2APIC}; {icr(INIT)}; {icr(STARTUP | TRAMPOLINE >> 12)}; xor ebx, ebx;"
+        f"l: inc rbx; cmp dword ptr [0x300], 0; je l; {END}"
+    )
+    other = "xor ax, ax; mov ds, ax; mov ax, 0x7000; l: dec ax; jnz l; mov dword ptr [0x300], 1; h: cli; hlt; jmp h"
+    first, _ = bench.run(4, [program], trampoline=other)
+    spins = A.Exit.FromString(next(raw for index, raw in first if index == 0)).registers.rbx
+    assert spins > 1000, "both ran meanwhile"
+    assert bench.run(4, [program], trampoline=other, disturb=True)[0] == first
 
 
-def run_alone(directory: Path, program: str, setup: Callable[[Machine], object]) -> tuple[Log, int]:
-    """Processor 1 waits for SIPI; until processor 0 ends."""
-    folder = directory / f"{time.monotonic_ns()}"
-    folder.mkdir()
-    create_ram_files(folder, RAM_SIZE)
-    log: Log = []
-    with Ram(folder, RAM_SIZE, "vtl0") as ram:
-        machine = Machine(ram, folder, 2, 4)
-        machine.boot(program)
-        setup(machine)
-        over = threading.Event()
-
-        def serve(index: int) -> None:
-            action = A.ACTION_UNSPECIFIED
-            while not over.is_set():
-                enter = A.Enter(reason=A.ENTER_REASON_RESUME, resolution=A.Resolution(action=action))
-                exit_ = A.Exit.FromString(machine.core.processor(index).run(enter))
-                kind = exit_.WhichOneof("reason")
-                action = A.ACTION_UNSPECIFIED if kind == "kicked" else A.ACTION_COMMIT
-                if kind != "kicked":
-                    log.append((index, exit_.SerializeToString(deterministic=True)))
-                if kind == "hypercall":
-                    over.set()
-
-        threads = [threading.Thread(target=serve, args=(index,), daemon=True) for index in (1, 0)]
-        for thread in threads:
-            thread.start()
-        try:
-            assert over.wait(60)
-        finally:
-            over.set()
-            while any(thread.is_alive() for thread in threads):
-                for index in (0, 1):
-                    machine.core.processor(index).kick()
-                threads[0].join(0.02)
-        machine.close()
-    return log, len(log)
-
-
-def test_clocks_and_random_numbers_are_the_machine_s_own(tmp_path: Path) -> None:
+def test_clocks_and_random_numbers_are_the_machine_s_own(bench: Bench) -> None:
     """TSC, reference counter, PIT, RTC, ACPI timer, RDRAND and RDSEED: each result is in an exit."""
     show = "mov rbx, rax; vmmcall;"
     program = (
@@ -237,11 +225,11 @@ def test_clocks_and_random_numbers_are_the_machine_s_own(tmp_path: Path) -> None
         f"mov al, 0; out 0x70, al; in al, 0x71; {show} mov al, 9; out 0x70, al; in al, 0x71; {show} "
         f"mov edx, 0x608; in eax, dx; {show} rdtsc; {show} {END}"
     )
-    first, _ = run(tmp_path, 11, [program])
+    first, _ = bench.run(11, [program])
     exits = [A.Exit.FromString(raw) for _, raw in first]
     values = [exit_.registers.rbx for exit_ in exits]
-    assert run(tmp_path, 11, [program])[0] == first
+    assert bench.run(11, [program])[0] == first
     assert values[2] > 1 << 40
-    assert values[2] != A.Exit.FromString(run(tmp_path, 12, [program])[0][2][1]).registers.rbx
+    assert values[2] != A.Exit.FromString(bench.run(12, [program])[0][2][1]).registers.rbx
     assert values[-2] - values[0] < 200 * BLOCK_NANOSECONDS, "nothing passes while an exit is served"
     assert values[7] & 0xFF == 0x25, "the year 2025"
