@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmm import vtl_switch
+from vmm import startups, vtl_switch
 from vmm.board import Answer, Board, complete, failed, register_update, reset_wanted, stopped
 from vmm.hyperv_msrs import GeneralProtectionError, ResetRequestError
 from vmm.processor import Processor
@@ -194,7 +194,7 @@ def _failure(_board: Board, _processor: Processor, exit_: Exit) -> Answer:
 
 _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "register_write": _deny,
-    "startup": _deny,
+    "startup": startups.serve,
     "state_load": _deny,
     "sleep": _commit,
     "msr": _msr,

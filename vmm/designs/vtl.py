@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm import discovery, secure_intercepts, vtl_switch
+from vmm import discovery, secure_intercepts, startups, vtl_switch
 from vmm.board import Answer, Board, complete, register_update
 from vmm.designs.design import Design
 from vmm.discovery import Leaf
@@ -26,7 +26,11 @@ class Vtl(Design):
         return board.watches(processor)
 
     def intercepted(self, board: Board, processor: Processor, exit_: Exit) -> Answer:
-        return (secure_intercepts.deliver if board.guest_code else intercept)(board, processor, exit_)
+        if not board.guest_code:
+            return intercept(board, processor, exit_)
+        if exit_.HasField("startup"):
+            return startups.serve(board, processor, exit_)
+        return secure_intercepts.deliver(board, processor, exit_)
 
     def leaf(self, board: Board, number: int) -> Leaf:
         return discovery.leaf(number, board.spec.vp_count, board.vtl.offered)

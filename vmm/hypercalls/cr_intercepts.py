@@ -40,7 +40,10 @@ CONTROL_BITS = sum(int(bit) for bit in (*_MSR_WRITES, *_REGISTER_WRITES))
 
 
 def intercept_filter(levels: VpVtl) -> InterceptFilter:
-    """What VTL1 wants to see of VTL0 on one VP. Registers without a mask: every access; a mask of 0: none."""
+    """What VTL1 wants to see of VTL0 on one VP. Registers without a mask: every access; a mask of 0: none.
+
+    INIT and SIPI exit always (vmm.startups).
+    """
     values = levels.cr_intercepts
     control = values.get(HvRegister.CR_INTERCEPT_CONTROL, 0)
     misc = values.get(HvRegister.CR_INTERCEPT_MISC_ENABLE_MASK, 0)
@@ -68,6 +71,7 @@ def intercept_filter(levels: VpVtl) -> InterceptFilter:
         msr_writes=writes,
         ports=[IndexRange(first=port, count=1) for port in sorted(levels.ports)],
         unchanged_writes=bool(control),
+        startups=True,
     )
 
 

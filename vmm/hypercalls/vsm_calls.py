@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm.hypercalls.cr_intercepts import apply_intercepts
 from vmm.hypercalls.protection import protect
 from vmm.hypercalls.rules import first_objection, resolve_vp
 from vmm.hypercalls.table import Call, Reply
@@ -38,6 +39,10 @@ def enable_partition_vtl(call: Call) -> Reply:
     levels.enabled |= 1 << VTL1
     if request.flags & EnablePartitionVtlFlags.MBEC:
         levels.mbec |= 1 << VTL1
+    if call.board.guest_code:
+        for processor in call.board.processors:
+            apply_intercepts(processor)
+            call.board.gate.kick(processor.index)
     call.board.log_vtl(call.processor, call.vtl, "enable-partition", request.vtl)
     return Reply(HvStatus.SUCCESS)
 

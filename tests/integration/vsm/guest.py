@@ -152,7 +152,7 @@ _VTL1 = f"""
     mov word ptr [{IDT + 16 * VECTOR + 6}], ax
     mov dword ptr [{IDT + 16 * VECTOR + 2}], 0x8e000008
     mov word ptr [{IDT + 16 * VECTOR + 6}], ax
-    {_set_register(HvRegister.VSM_PARTITION_CONFIG, "0x3f", 0)}
+    {_set_register(HvRegister.VSM_PARTITION_CONFIG, "CONFIG", 0)}
     mov dword ptr [{SEEN + 32}], eax
     mov rax, 0x5ec4e7; mov qword ptr [{GUARDED}], rax; mov qword ptr [{SECRET}], rax
     {_protect(GUARDED, 0)}
@@ -166,6 +166,9 @@ _VTL1 = f"""
     mov word ptr [{IDT + 16 * TIMER_VECTOR}], ax; shr rax, 16
     mov dword ptr [{IDT + 16 * TIMER_VECTOR + 2}], 0x8e000008
     mov word ptr [{IDT + 16 * TIMER_VECTOR + 6}], ax
+    mov eax, 0
+    ABOVE
+    mov dword ptr [{RESULT + 56}], eax
     mov r8d, 0x77; mov ebx, 0xb1b
     mov ecx, 1
     return:
@@ -221,9 +224,40 @@ _VTL1 = f"""
 """
 
 
+AP_PAGE, AP_MARK = 0x60000, 0x60800
+# Real mode: mov ax, cs; mov ds, ax; mov byte ptr [0x800], 1; hlt; jmp $-1
+_AP_CODE = int.from_bytes(bytes.fromhex("8cc8 8ed8 c606000801 f4 ebfd") + bytes(4), "little")
+ENABLE_ON_VP1 = f"mov dword ptr [{INPUT0 + 8}], 1; {_slow(CALLS1, C.ENABLE_VP_VTL, INPUT0)}"
+"""For VTL1, which enables itself on VP 1 with the context that VTL0 gave for VP 0."""
+
+
+def start_vp1(wait: str) -> str:
+    """VTL0 sends INIT and SIPI to VP 1, whose code sets AP_MARK, and looks until `wait`, a jump, lets it go on."""
+    icr = int(HvMsr.ICR)
+    return f"""
+    {_store(AP_PAGE, _AP_CODE & (1 << 64) - 1, _AP_CODE >> 64)}
+    mov ecx, {icr}; mov eax, 0x4500; mov edx, 0x1000000; wrmsr
+    mov eax, {0x4600 | AP_PAGE >> 12}; wrmsr
+    mov ecx, 20000
+    looks: pause; dec ecx; cmp byte ptr [{AP_MARK}], 1
+    {wait} looks
+    waited:
+    """
+
+
+WAIT_FOR_EVER = "jne"
+WAIT_A_WHILE = "je waited; test ecx, ecx; jnz"
+
+
 @cache
-def assemble(body: str) -> bytes:
-    """The image, to be loaded and started at LOAD in long mode; `body` is what VTL0 does after its first call."""
-    text = _VTL0.replace("BODY", body) + _VTL1
+def assemble(body: str, config: int = 0x3F, above: str = "") -> bytes:
+    """The image, to be loaded and started at LOAD in long mode.
+
+    Args:
+        body: what VTL0 does after its first call.
+        config: VsmPartitionConfig, as VTL1 writes it.
+        above: what VTL1 does before its first return; RESULT + 56 gets the EAX that it leaves.
+    """
+    text = _VTL0.replace("BODY", body) + _VTL1.replace("CONFIG", hex(config)).replace("ABOVE", above)
     code, _ = Ks(KS_ARCH_X86, KS_MODE_64).asm(text.replace("\n", ";"), LOAD)
     return bytes(code)

@@ -10,6 +10,7 @@ import pytest
 from tests.integration.vsm import guest
 from vtlab.client import Lab, Machine
 from vtlab.errors import Refused
+from vtlab.hyperv.profiles import PROFILES
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, PERSONALITY_GUEST_CODE, START_MODE_LONG
 
@@ -23,10 +24,11 @@ def run(lab: Lab) -> Iterator[Run]:
     """Boots a guest and waits for its end; the machine is destroyed after the test."""
     made: list[Machine] = []
 
-    def boot(body: str, profile: str = "") -> Machine:
+    def boot(body: str, profile: str = "", vp_count: int = 1, config: int = 0x3F, above: str = "") -> Machine:
         machine = lab.create(
-            guest.assemble(body),
+            guest.assemble(body, config, above),
             ram=16 << 20,
+            vp_count=vp_count,
             image_format=IMAGE_FORMAT_FLAT,
             load_address=guest.LOAD,
             entry=guest.LOAD,
@@ -107,3 +109,24 @@ def test_an_interrupt_of_vtl1_preempts_vtl0(run: Run, body: str) -> None:
     machine = run(body)
     assert words(machine, guest.RESULT + 64, 1) == (1,)
     assert words(machine, guest.SEEN + 64, 1) == (1,)
+
+
+DENY_LOWER_VTL_STARTUP = 0x40
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_init_and_sipi_start_a_vp_without_vtl1(run: Run, profile: str) -> None:
+    machine = run(guest.start_vp1(guest.WAIT_FOR_EVER), profile, vp_count=2)
+    assert machine.read_memory(guest.AP_MARK, 1) == b"\x01"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_they_are_dropped_where_the_vp_has_vtl1(run: Run, profile: str) -> None:
+    machine = run(guest.start_vp1(guest.WAIT_A_WHILE), profile, vp_count=2, above=guest.ENABLE_ON_VP1)
+    assert words(machine, guest.RESULT + 56, 1)[0] & 0xFFFFFFFF == 0, "a status of HvCallEnableVpVtl"
+    assert machine.read_memory(guest.AP_MARK, 1) == b"\0"
+
+
+def test_they_are_dropped_where_vtl1_denies_startups(run: Run) -> None:
+    machine = run(guest.start_vp1(guest.WAIT_A_WHILE), vp_count=2, config=0x3F | DENY_LOWER_VTL_STARTUP)
+    assert machine.read_memory(guest.AP_MARK, 1) == b"\0"

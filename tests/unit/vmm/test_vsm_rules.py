@@ -26,6 +26,7 @@ from vtlab.hyperv.registers import HvRegister
 from vtlab.hyperv.status import HvStatus as S
 from vtlab.hyperv.vsm import CrInterceptControl
 from vtlab.v1 import registers_pb2 as r
+from vtlab.v1.vcpu_pb2 import InterceptFilter
 from vtlab.x86.registers import Msr
 
 names = st.sampled_from(sorted(PROFILES))
@@ -138,10 +139,10 @@ def test_a_mask_of_zero_watches_nothing() -> None:
     assert intercept_filter(levels).cr4_mask == 1 << 20
 
 
-def test_without_control_bits_nothing_is_watched() -> None:
+def test_without_control_bits_nothing_but_startups_is_watched() -> None:
     watched = (HvRegister.CR_INTERCEPT_CR0_MASK, HvRegister.CR_INTERCEPT_CR4_MASK)
     masks: dict[int, int] = {int(name): 2**64 - 1 for name in watched}
-    assert not intercept_filter(VpVtl(cr_intercepts=masks)).ByteSize()
+    assert intercept_filter(VpVtl(cr_intercepts=masks)) == InterceptFilter(startups=True)
     assert not CONTROL_BITS & CrInterceptControl.LSTAR_READ
 
 
