@@ -18,7 +18,7 @@
 #define COMMAND_ASSERT 0x4000
 #define COMMAND_INIT 0x500
 #define COMMAND_SIPI 0x600
-#define PATIENCE 500 /* timer interrupts */
+#define PATIENCE 250 /* timer interrupts */
 
 enum { OFFLINE, ONLINE, LEAVING };
 
@@ -102,9 +102,12 @@ static s64 online(u64 number) {
         wait_for_interrupt();
     }
     cpus[number].work = 0;
-    for (u32 i = 0; i < 2; i++)
+    s64 status = -EIO;
+    for (u32 tries = 0; tries < 2 && status; tries++) { /* the second is for processors that miss the first */
         send(number, COMMAND_ASSERT | COMMAND_SIPI | TRAMPOLINE >> 12);
-    return wait_until(&cpus[number].state, ONLINE);
+        status = wait_until(&cpus[number].state, ONLINE);
+    }
+    return status;
 }
 
 static s64 offline(u64 number) {
