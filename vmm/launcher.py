@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -75,6 +75,7 @@ def launch(
     monitor_listen: str = "",
     timeout: float = 60.0,
     budget: Budget = DEFAULT_BUDGET,
+    between: Callable[[Role, str], str] = lambda _role, address: address,
 ) -> Iterator[LocalLab]:
     """Starts guest, monitor and VMM, and connects to them as operator.
 
@@ -84,6 +85,7 @@ def launch(
         vmm_listen, monitor_listen: addresses for clients in place of Unix sockets, "127.0.0.1:0".
         timeout: seconds for all three to answer, and for one that is restarted.
         budget: how often a process may die.
+        between: gives the address at which the VMM reaches a level that is served at another, for a relay in between.
 
     Raises:
         VtlabError: as the process that could not start reports it, or TimedOut.
@@ -94,6 +96,9 @@ def launch(
         with contextlib.ExitStack() as stack:
             stack.callback(_stop, processes)
             configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
+            vmm = configs[Role.VMM]
+            guest, monitor = between(Role.GUEST, vmm.guest), between(Role.MONITOR, vmm.monitor)
+            configs[Role.VMM] = replace(vmm, guest=guest, monitor=monitor)
             blob = _ship(rules)
 
             def start(role: Role) -> LocalProcess:

@@ -40,6 +40,10 @@ Answer = TypeVar("Answer")
 _RUN = f"/{vcpu_rpc.NAME}/Run"
 
 
+def _may_come_back(error: BaseException) -> bool:
+    return isinstance(error, PeerUnavailable) and not isinstance(error, LevelLost)
+
+
 class _Stream:
     """Enters and exits of one vCPU, one at a time, as bytes.
 
@@ -149,7 +153,7 @@ class RemoteLevel:
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self._restart_budget),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.2),
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, PeerUnavailable) and not late()),
+            retry=tenacity.retry_if_exception(lambda error: _may_come_back(error) and not late()),
             reraise=True,
         )
         return attempts(attempt)

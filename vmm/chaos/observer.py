@@ -122,7 +122,7 @@ class Observer:
             TimedOut: one stands still. Lost is found then.
         """
         started = time.monotonic()
-        before = [status.rounds for status in self._known]
+        before = [status.rounds for status in self.statuses()]
 
         def all_moved() -> bool:
             if self._was_reset():
@@ -137,6 +137,15 @@ class Observer:
                 raise TimedOut("chaos guest", f"makes no progress; {state} {machine.reason}", seconds=patience)
             time.sleep(_INTERVAL)
         return time.monotonic() - started
+
+    def wait_reset(self, count: int) -> None:
+        """Waits until there were so many RESETs. Raises TimedOut; lost is found then."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.findings.resets) < count:
+            if not self._was_reset() and time.monotonic() > deadline:
+                self.findings.find("lost", f"no RESET within {PATIENCE:g} s of the guest's death")
+                raise TimedOut("chaos guest", "its process died and it was not reset", seconds=PATIENCE)
+            time.sleep(_INTERVAL)
 
     def _was_reset(self) -> bool:
         machine = self.machine.info()
