@@ -21,8 +21,10 @@ from vtl1_monitor.policy.problems import PolicyProblems
 from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.resolve import resolve
 from vtl1_monitor.policy.text import PolicyText, parse
+from vtl1_monitor.quotes import Quoter
 from vtl1_monitor.sealed import BrokenSeal, SealedStore
 from vtl1_monitor.snapshot import Sealed
+from vtlab.attestation import NONCE_SIZES
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, VtlabError, WrongState
 from vtlab.ram import TURN_FILE, Ram, RamFile
 from vtlab.session import Session
@@ -41,9 +43,16 @@ MAX_PROCESSORS = 64
 class Monitor:
     """Guards one machine at a time, like any process that serves one level."""
 
-    def __init__(self, rules: Iterable[CodeRule] = (), store: SealedStore | None = None) -> None:
-        """:param store: what a monitor that takes this one's place goes on with; None: nothing outlives it."""
+    def __init__(
+        self, rules: Iterable[CodeRule] = (), store: SealedStore | None = None, quoter: Quoter | None = None
+    ) -> None:
+        """Args:
+        store: what a monitor that takes this one's place goes on with; None: nothing outlives it.
+        quoter: signs what is asked for; None: nothing is signed.
+        """
         self._rules = tuple(rules)
+        self._store = store
+        self._quoter = quoter
         self._keeper = Keeper(store) if store is not None else None
         self._loss = ""
         self._lock = threading.Lock()
@@ -286,6 +295,28 @@ class Monitor:
         except PolicyProblems as error:
             return monitor_pb2.CheckPolicyResponse(problems=error.problems)
         return monitor_pb2.CheckPolicyResponse(rules=render(rules))
+
+    def quote(self, vm: str, nonce: bytes) -> monitor_pb2.SignedQuote:
+        """What holds now, signed. Raises NotFound, BadArgument, Unsupported without a key."""
+        machine = self._require(vm)
+        if self._quoter is None:
+            raise Unsupported("quote", "this monitor holds no key for quotes")
+        if len(nonce) not in NONCE_SIZES:
+            raise BadArgument("nonce", f"has {len(nonce)} bytes, not {NONCE_SIZES[0]} to {NONCE_SIZES[-1]}")
+        with machine.turn:
+            status = machine.status()
+            quote = monitor_pb2.Quote(
+                vm=vm,
+                generation=machine.generation,
+                nonce=nonce,
+                policy_sha256=status.sha256,
+                source=status.source,
+                locked=status.locked,
+                measurements=status.measurements,
+                counter=self._store.counter if self._store is not None else 0,
+                broken=machine.broken,
+            )
+        return self._quoter.signed(quote)
 
     def verdicts(self, vm: str, stop: threading.Event) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
         """Verdicts kept and to come, until the machine is gone. Raises NotFound."""

@@ -50,6 +50,11 @@ class SealedStore:
             raise BrokenSeal(f"{self._counter_file} is damaged") from None
         return int(counter)
 
+    @property
+    def counter(self) -> int:
+        """How often something was sealed or wiped here."""
+        return self._counter
+
     def seal(self, content: bytes) -> None:
         """Replaces what was sealed. It is there after the death of this process at any instant, or what was before."""
         counter = self._counter + 1

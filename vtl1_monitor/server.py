@@ -6,6 +6,7 @@ import grpc
 
 from vtl1_monitor.api import load_rules
 from vtl1_monitor.monitor import Monitor
+from vtl1_monitor.quotes import load_quoter
 from vtl1_monitor.sealed import SealedStore
 from vtl1_monitor.service import MonitorService, VcpuService
 from vtlab import vcpu_rpc
@@ -17,7 +18,7 @@ from vtlab.v1 import monitor_pb2_grpc
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
     switch_threads_soon()
-    monitor = Monitor(load_rules(config.rules), SealedStore(config.state))
+    monitor = Monitor(load_rules(config.rules), SealedStore(config.state), load_quoter(config.trust))
     monitor.restore()
 
     def register(server: grpc.Server) -> None:

@@ -82,6 +82,11 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
     ) -> monitor_pb2.CheckPolicyResponse:
         return self._monitor.check_policy(request.vm, request.text, request.file_name)
 
+    def GetQuote(
+        self, request: monitor_pb2.GetQuoteRequest, context: grpc.ServicerContext
+    ) -> monitor_pb2.GetQuoteResponse:
+        return monitor_pb2.GetQuoteResponse(quote=self._monitor.quote(request.vm, request.nonce))
+
     def WatchVerdicts(
         self, request: monitor_pb2.WatchVerdictsRequest, context: grpc.ServicerContext
     ) -> Iterator[monitor_pb2.WatchVerdictsResponse]:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from vmm.cli import attack, chaos, conformance, doctor, inspect, matrix, policy, run, up
+from vmm.cli import attack, attest, chaos, conformance, doctor, inspect, matrix, policy, run, up
 from vmm.cli.exit_codes import ExitCode, of_error
 from vmm.cli.output import print_error
 from vtlab.errors import VtlabError, one_line
@@ -36,6 +36,8 @@ app.command("events")(inspect.events)
 app.command("regs")(inspect.regs)
 app.command("mem")(inspect.mem)
 app.add_typer(policy.app, name="policy")
+app.command("quote")(attest.quote)
+app.command("verify")(attest.verify)
 app.command("conformance")(conformance.conformance)
 app.command("chaos")(chaos.chaos)
 app.command("doctor")(doctor.doctor)

@@ -35,6 +35,11 @@ class Policy:
         request = monitor_pb2.CheckPolicyRequest(vm=str(vm), text=text, file_name=file_name)
         return repeated(self._peer, self._stub.CheckPolicy, request)
 
+    def quote(self, vm: object, nonce: bytes) -> monitor_pb2.SignedQuote:
+        """What VTL1 holds, signed (vtlab.attestation). Raises NotFound, BadArgument, Unsupported without a key."""
+        request = monitor_pb2.GetQuoteRequest(vm=str(vm), nonce=nonce)
+        return repeated(self._peer, self._stub.GetQuote, request).quote
+
     def verdicts(self, vm: object) -> Iterator[monitor_pb2.WatchVerdictsResponse]:
         """Verdicts as they fall, until the iterator is closed."""
         return stream(self._peer, self._stub.WatchVerdicts, monitor_pb2.WatchVerdictsRequest(vm=str(vm)))

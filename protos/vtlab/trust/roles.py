@@ -55,6 +55,7 @@ RPC_ROLES: dict[str, frozenset[Role]] = {
     "vtlab.v1.MonitorService/LockPolicy": _OPERATOR,
     "vtlab.v1.MonitorService/CheckPolicy": _CLIENTS,
     "vtlab.v1.MonitorService/WatchVerdicts": _CLIENTS,
+    "vtlab.v1.MonitorService/GetQuote": _CLIENTS,
     "grpc.health.v1.Health/Check": _NOT_THE_GUEST,
     "grpc.health.v1.Health/List": _NOT_THE_GUEST,
     "grpc.health.v1.Health/Watch": _NOT_THE_GUEST,

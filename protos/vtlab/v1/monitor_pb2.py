@@ -26,41 +26,49 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vtlab.v1 import vcpu_pb2 as vtlab_dot_v1_dot_vcpu__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vtlab/v1/monitor.proto\x12\x08vtlab.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13vtlab/v1/vcpu.proto\"\xb1\x01\n\x0cPolicyStatus\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12&\n\x06source\x18\x03 \x01(\x0e\x32\x16.vtlab.v1.PolicySource\x12\x0e\n\x06locked\x18\x04 \x01(\x08\x12\r\n\x05rules\x18\x05 \x03(\t\x12+\n\x0cmeasurements\x18\x06 \x03(\x0b\x32\x15.vtlab.v1.Measurement\x12\x0f\n\x07version\x18\x14 \x01(\r\"]\n\x0bMeasurement\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03gpa\x18\x02 \x01(\x06\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x15\n\rmatches_image\x18\x05 \x01(\x08\"\x1e\n\x10GetPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\";\n\x11GetPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"?\n\x10SetPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tfile_name\x18\x03 \x01(\t\";\n\x11SetPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"\x1f\n\x11LockPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\"<\n\x12LockPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"A\n\x12\x43heckPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tfile_name\x18\x03 \x01(\t\"O\n\x13\x43heckPolicyResponse\x12)\n\x08problems\x18\x01 \x03(\x0b\x32\x17.vtlab.v1.PolicyProblem\x12\r\n\x05rules\x18\x02 \x03(\t\";\n\rPolicyProblem\x12\x0c\n\x04line\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"5\n\x14WatchVerdictsRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x11\n\tuntil_now\x18\x02 \x01(\x08\"\xa7\x01\n\x15WatchVerdictsResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x04\x65xit\x18\x02 \x01(\x0b\x32\x0e.vtlab.v1.Exit\x12(\n\nresolution\x18\x03 \x01(\x0b\x32\x14.vtlab.v1.Resolution\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\x0e\n\x06missed\x18\x05 \x01(\x04*z\n\x0cPolicySource\x12\x1d\n\x19POLICY_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12POLICY_SOURCE_NONE\x10\x01\x12\x17\n\x13POLICY_SOURCE_GUEST\x10\x02\x12\x1a\n\x16POLICY_SOURCE_OPERATOR\x10\x03\x32\x85\x03\n\x0eMonitorService\x12\x44\n\tGetPolicy\x12\x1a.vtlab.v1.GetPolicyRequest\x1a\x1b.vtlab.v1.GetPolicyResponse\x12\x44\n\tSetPolicy\x12\x1a.vtlab.v1.SetPolicyRequest\x1a\x1b.vtlab.v1.SetPolicyResponse\x12G\n\nLockPolicy\x12\x1b.vtlab.v1.LockPolicyRequest\x1a\x1c.vtlab.v1.LockPolicyResponse\x12J\n\x0b\x43heckPolicy\x12\x1c.vtlab.v1.CheckPolicyRequest\x1a\x1d.vtlab.v1.CheckPolicyResponse\x12R\n\rWatchVerdicts\x12\x1e.vtlab.v1.WatchVerdictsRequest\x1a\x1f.vtlab.v1.WatchVerdictsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vtlab/v1/monitor.proto\x12\x08vtlab.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13vtlab/v1/vcpu.proto\",\n\x0fGetQuoteRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"8\n\x10GetQuoteResponse\x12$\n\x05quote\x18\x01 \x01(\x0b\x32\x15.vtlab.v1.SignedQuote\"D\n\x0bSignedQuote\x12\r\n\x05quote\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\"\xd3\x01\n\x05Quote\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x15\n\rpolicy_sha256\x18\x04 \x01(\x0c\x12&\n\x06source\x18\x05 \x01(\x0e\x32\x16.vtlab.v1.PolicySource\x12\x0e\n\x06locked\x18\x06 \x01(\x08\x12+\n\x0cmeasurements\x18\x07 \x03(\x0b\x32\x15.vtlab.v1.Measurement\x12\x0f\n\x07\x63ounter\x18\x08 \x01(\x04\x12\x0e\n\x06\x62roken\x18\t \x01(\t\"\xb1\x01\n\x0cPolicyStatus\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12&\n\x06source\x18\x03 \x01(\x0e\x32\x16.vtlab.v1.PolicySource\x12\x0e\n\x06locked\x18\x04 \x01(\x08\x12\r\n\x05rules\x18\x05 \x03(\t\x12+\n\x0cmeasurements\x18\x06 \x03(\x0b\x32\x15.vtlab.v1.Measurement\x12\x0f\n\x07version\x18\x14 \x01(\r\"]\n\x0bMeasurement\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03gpa\x18\x02 \x01(\x06\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x15\n\rmatches_image\x18\x05 \x01(\x08\"\x1e\n\x10GetPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\";\n\x11GetPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"?\n\x10SetPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tfile_name\x18\x03 \x01(\t\";\n\x11SetPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"\x1f\n\x11LockPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\"<\n\x12LockPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.vtlab.v1.PolicyStatus\"A\n\x12\x43heckPolicyRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tfile_name\x18\x03 \x01(\t\"O\n\x13\x43heckPolicyResponse\x12)\n\x08problems\x18\x01 \x03(\x0b\x32\x17.vtlab.v1.PolicyProblem\x12\r\n\x05rules\x18\x02 \x03(\t\";\n\rPolicyProblem\x12\x0c\n\x04line\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"5\n\x14WatchVerdictsRequest\x12\n\n\x02vm\x18\x01 \x01(\t\x12\x11\n\tuntil_now\x18\x02 \x01(\x08\"\xa7\x01\n\x15WatchVerdictsResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x04\x65xit\x18\x02 \x01(\x0b\x32\x0e.vtlab.v1.Exit\x12(\n\nresolution\x18\x03 \x01(\x0b\x32\x14.vtlab.v1.Resolution\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\x0e\n\x06missed\x18\x05 \x01(\x04*z\n\x0cPolicySource\x12\x1d\n\x19POLICY_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12POLICY_SOURCE_NONE\x10\x01\x12\x17\n\x13POLICY_SOURCE_GUEST\x10\x02\x12\x1a\n\x16POLICY_SOURCE_OPERATOR\x10\x03\x32\xc8\x03\n\x0eMonitorService\x12\x44\n\tGetPolicy\x12\x1a.vtlab.v1.GetPolicyRequest\x1a\x1b.vtlab.v1.GetPolicyResponse\x12\x44\n\tSetPolicy\x12\x1a.vtlab.v1.SetPolicyRequest\x1a\x1b.vtlab.v1.SetPolicyResponse\x12G\n\nLockPolicy\x12\x1b.vtlab.v1.LockPolicyRequest\x1a\x1c.vtlab.v1.LockPolicyResponse\x12J\n\x0b\x43heckPolicy\x12\x1c.vtlab.v1.CheckPolicyRequest\x1a\x1d.vtlab.v1.CheckPolicyResponse\x12R\n\rWatchVerdicts\x12\x1e.vtlab.v1.WatchVerdictsRequest\x1a\x1f.vtlab.v1.WatchVerdictsResponse0\x01\x12\x41\n\x08GetQuote\x12\x19.vtlab.v1.GetQuoteRequest\x1a\x1a.vtlab.v1.GetQuoteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vtlab.v1.monitor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYSOURCE']._serialized_start=1113
-  _globals['_POLICYSOURCE']._serialized_end=1235
-  _globals['_POLICYSTATUS']._serialized_start=91
-  _globals['_POLICYSTATUS']._serialized_end=268
-  _globals['_MEASUREMENT']._serialized_start=270
-  _globals['_MEASUREMENT']._serialized_end=363
-  _globals['_GETPOLICYREQUEST']._serialized_start=365
-  _globals['_GETPOLICYREQUEST']._serialized_end=395
-  _globals['_GETPOLICYRESPONSE']._serialized_start=397
-  _globals['_GETPOLICYRESPONSE']._serialized_end=456
-  _globals['_SETPOLICYREQUEST']._serialized_start=458
-  _globals['_SETPOLICYREQUEST']._serialized_end=521
-  _globals['_SETPOLICYRESPONSE']._serialized_start=523
-  _globals['_SETPOLICYRESPONSE']._serialized_end=582
-  _globals['_LOCKPOLICYREQUEST']._serialized_start=584
-  _globals['_LOCKPOLICYREQUEST']._serialized_end=615
-  _globals['_LOCKPOLICYRESPONSE']._serialized_start=617
-  _globals['_LOCKPOLICYRESPONSE']._serialized_end=677
-  _globals['_CHECKPOLICYREQUEST']._serialized_start=679
-  _globals['_CHECKPOLICYREQUEST']._serialized_end=744
-  _globals['_CHECKPOLICYRESPONSE']._serialized_start=746
-  _globals['_CHECKPOLICYRESPONSE']._serialized_end=825
-  _globals['_POLICYPROBLEM']._serialized_start=827
-  _globals['_POLICYPROBLEM']._serialized_end=886
-  _globals['_WATCHVERDICTSREQUEST']._serialized_start=888
-  _globals['_WATCHVERDICTSREQUEST']._serialized_end=941
-  _globals['_WATCHVERDICTSRESPONSE']._serialized_start=944
-  _globals['_WATCHVERDICTSRESPONSE']._serialized_end=1111
-  _globals['_MONITORSERVICE']._serialized_start=1238
-  _globals['_MONITORSERVICE']._serialized_end=1627
+  _globals['_POLICYSOURCE']._serialized_start=1501
+  _globals['_POLICYSOURCE']._serialized_end=1623
+  _globals['_GETQUOTEREQUEST']._serialized_start=90
+  _globals['_GETQUOTEREQUEST']._serialized_end=134
+  _globals['_GETQUOTERESPONSE']._serialized_start=136
+  _globals['_GETQUOTERESPONSE']._serialized_end=192
+  _globals['_SIGNEDQUOTE']._serialized_start=194
+  _globals['_SIGNEDQUOTE']._serialized_end=262
+  _globals['_QUOTE']._serialized_start=265
+  _globals['_QUOTE']._serialized_end=476
+  _globals['_POLICYSTATUS']._serialized_start=479
+  _globals['_POLICYSTATUS']._serialized_end=656
+  _globals['_MEASUREMENT']._serialized_start=658
+  _globals['_MEASUREMENT']._serialized_end=751
+  _globals['_GETPOLICYREQUEST']._serialized_start=753
+  _globals['_GETPOLICYREQUEST']._serialized_end=783
+  _globals['_GETPOLICYRESPONSE']._serialized_start=785
+  _globals['_GETPOLICYRESPONSE']._serialized_end=844
+  _globals['_SETPOLICYREQUEST']._serialized_start=846
+  _globals['_SETPOLICYREQUEST']._serialized_end=909
+  _globals['_SETPOLICYRESPONSE']._serialized_start=911
+  _globals['_SETPOLICYRESPONSE']._serialized_end=970
+  _globals['_LOCKPOLICYREQUEST']._serialized_start=972
+  _globals['_LOCKPOLICYREQUEST']._serialized_end=1003
+  _globals['_LOCKPOLICYRESPONSE']._serialized_start=1005
+  _globals['_LOCKPOLICYRESPONSE']._serialized_end=1065
+  _globals['_CHECKPOLICYREQUEST']._serialized_start=1067
+  _globals['_CHECKPOLICYREQUEST']._serialized_end=1132
+  _globals['_CHECKPOLICYRESPONSE']._serialized_start=1134
+  _globals['_CHECKPOLICYRESPONSE']._serialized_end=1213
+  _globals['_POLICYPROBLEM']._serialized_start=1215
+  _globals['_POLICYPROBLEM']._serialized_end=1274
+  _globals['_WATCHVERDICTSREQUEST']._serialized_start=1276
+  _globals['_WATCHVERDICTSREQUEST']._serialized_end=1329
+  _globals['_WATCHVERDICTSRESPONSE']._serialized_start=1332
+  _globals['_WATCHVERDICTSRESPONSE']._serialized_end=1499
+  _globals['_MONITORSERVICE']._serialized_start=1626
+  _globals['_MONITORSERVICE']._serialized_end=2082
 # @@protoc_insertion_point(module_scope)

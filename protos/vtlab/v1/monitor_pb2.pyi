@@ -47,6 +47,125 @@ POLICY_SOURCE_OPERATOR: PolicySource.ValueType  # 3
 Global___PolicySource: _TypeAlias = PolicySource  # noqa: Y015
 
 @_typing.final
+class GetQuoteRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    nonce: _builtins.bytes
+    """8 to 64 bytes that the verifier has never used before."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuoteRequest: _TypeAlias = GetQuoteRequest  # noqa: Y015
+
+@_typing.final
+class GetQuoteResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quote(self) -> Global___SignedQuote: ...
+    def __init__(
+        self,
+        *,
+        quote: Global___SignedQuote | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quote", b"quote"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quote", b"quote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuoteResponse: _TypeAlias = GetQuoteResponse  # noqa: Y015
+
+@_typing.final
+class SignedQuote(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    quote: _builtins.bytes
+    """A serialized Quote."""
+    signature: _builtins.bytes
+    """Ed25519, of "vtlab quote v1", a zero byte, and the quote."""
+    certificate: _builtins.bytes
+    """PEM, of the key, issued by the laboratory's authority."""
+    def __init__(
+        self,
+        *,
+        quote: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "quote", b"quote", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedQuote: _TypeAlias = SignedQuote  # noqa: Y015
+
+@_typing.final
+class Quote(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    POLICY_SHA256_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    LOCKED_FIELD_NUMBER: _builtins.int
+    MEASUREMENTS_FIELD_NUMBER: _builtins.int
+    COUNTER_FIELD_NUMBER: _builtins.int
+    BROKEN_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    generation: _builtins.int
+    """Counts resets of the machine."""
+    nonce: _builtins.bytes
+    policy_sha256: _builtins.bytes
+    """SHA-256 of the policy's text; empty if there is none."""
+    source: Global___PolicySource.ValueType
+    locked: _builtins.bool
+    counter: _builtins.int
+    """Counts what the monitor wrote to its sealed store, over its restarts: it never goes back."""
+    broken: _builtins.str
+    """Why nothing is guarded any more; empty as long as all holds."""
+    @_builtins.property
+    def measurements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Measurement]: ...
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+        policy_sha256: _builtins.bytes = ...,
+        source: Global___PolicySource.ValueType = ...,
+        locked: _builtins.bool = ...,
+        measurements: _abc.Iterable[Global___Measurement] | None = ...,
+        counter: _builtins.int = ...,
+        broken: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broken", b"broken", "counter", b"counter", "generation", b"generation", "locked", b"locked", "measurements", b"measurements", "nonce", b"nonce", "policy_sha256", b"policy_sha256", "source", b"source", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quote: _TypeAlias = Quote  # noqa: Y015
+
+@_typing.final
 class PolicyStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

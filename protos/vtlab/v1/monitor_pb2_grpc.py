@@ -60,6 +60,11 @@ class MonitorServiceStub:
                 request_serializer=vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsResponse.FromString,
                 _registered_method=True)
+        self.GetQuote = channel.unary_unary(
+                '/vtlab.v1.MonitorService/GetQuote',
+                request_serializer=vtlab_dot_v1_dot_monitor__pb2.GetQuoteRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_monitor__pb2.GetQuoteResponse.FromString,
+                _registered_method=True)
 
 
 class MonitorServiceServicer:
@@ -99,6 +104,13 @@ class MonitorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetQuote(self, request, context):
+        """What VTL1 holds of a machine now, signed; vtlab.attestation checks it offline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_MonitorServiceServicer_to_server(servicer, server):
                     servicer.WatchVerdicts,
                     request_deserializer=vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsResponse.SerializeToString,
+            ),
+            'GetQuote': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuote,
+                    request_deserializer=vtlab_dot_v1_dot_monitor__pb2.GetQuoteRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_monitor__pb2.GetQuoteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +281,33 @@ class MonitorService:
             '/vtlab.v1.MonitorService/WatchVerdicts',
             vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsRequest.SerializeToString,
             vtlab_dot_v1_dot_monitor__pb2.WatchVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.MonitorService/GetQuote',
+            vtlab_dot_v1_dot_monitor__pb2.GetQuoteRequest.SerializeToString,
+            vtlab_dot_v1_dot_monitor__pb2.GetQuoteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class MonitorServiceStub:
     CheckPolicy: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.CheckPolicyRequest, _monitor_pb2.CheckPolicyResponse]
     """Parses and resolves a policy against the machine's image (if any) and changes nothing."""
     WatchVerdicts: _grpc.UnaryStreamMultiCallable[_monitor_pb2.WatchVerdictsRequest, _monitor_pb2.WatchVerdictsResponse]
+    GetQuote: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.GetQuoteRequest, _monitor_pb2.GetQuoteResponse]
+    """What VTL1 holds of a machine now, signed; vtlab.attestation checks it offline."""
 
 @_typing.type_check_only
 class MonitorServiceAsyncStub(MonitorServiceStub):
@@ -55,6 +57,8 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     CheckPolicy: _aio.UnaryUnaryMultiCallable[_monitor_pb2.CheckPolicyRequest, _monitor_pb2.CheckPolicyResponse]  # type: ignore[assignment]
     """Parses and resolves a policy against the machine's image (if any) and changes nothing."""
     WatchVerdicts: _aio.UnaryStreamMultiCallable[_monitor_pb2.WatchVerdictsRequest, _monitor_pb2.WatchVerdictsResponse]  # type: ignore[assignment]
+    GetQuote: _aio.UnaryUnaryMultiCallable[_monitor_pb2.GetQuoteRequest, _monitor_pb2.GetQuoteResponse]  # type: ignore[assignment]
+    """What VTL1 holds of a machine now, signed; vtlab.attestation checks it offline."""
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The policy, for its operator."""
@@ -96,5 +100,13 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitor_pb2.WatchVerdictsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_monitor_pb2.WatchVerdictsResponse], _abc.AsyncIterator[_monitor_pb2.WatchVerdictsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetQuote(
+        self,
+        request: _monitor_pb2.GetQuoteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.GetQuoteResponse, _abc.Awaitable[_monitor_pb2.GetQuoteResponse]]:
+        """What VTL1 holds of a machine now, signed; vtlab.attestation checks it offline."""
 
 def add_MonitorServiceServicer_to_server(servicer: MonitorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -206,6 +206,9 @@ class ToyMonitor(monitor_pb2_grpc.MonitorServiceServicer):
     def CheckPolicy(self, request: monitor_pb2.CheckPolicyRequest, context: Any) -> Any:
         return monitor_pb2.CheckPolicyResponse(problems=[monitor_pb2.PolicyProblem(line=3, key="a", message="no")])
 
+    def GetQuote(self, request: monitor_pb2.GetQuoteRequest, context: Any) -> Any:
+        return monitor_pb2.GetQuoteResponse()
+
     def WatchVerdicts(self, request: monitor_pb2.WatchVerdictsRequest, context: Any) -> Iterator[Any]:
         yield monitor_pb2.WatchVerdictsResponse(rule="text")
 
