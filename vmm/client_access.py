@@ -18,7 +18,7 @@ from vtlab.enums import name_of
 from vtlab.errors import BadArgument, LimitExceeded, Refused, Unsupported
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue
-from vtlab.v1.vcpu_pb2 import Enter, Exit, MsrAccess, RegisterWrite, Resolution, SerialInput, Update
+from vtlab.v1.vcpu_pb2 import Enter, Exit, MsrAccess, Resolution, SerialInput, Update
 from vtlab.v1.vmm_pb2 import TranslateResponse
 from vtlab.x86.paging import NonCanonicalAddress, PageFault, UnsupportedPaging, walk
 
@@ -89,17 +89,7 @@ def _judged_register(board: Board, processor: Processor, state: ProcessorState, 
         raise BadArgument(f"register {value.name:#x}", "cannot be set by name")
     if value.name in processor_state.FREE_REGISTERS or not processor.vtl.has(VTL1):
         return value
-    old = processor_state.register(state, value.name)
-    write = RegisterWrite(name=value.name)
-    if value.HasField("table") or old.HasField("table"):
-        write.old_table.CopyFrom(old.table)
-        write.new_table.CopyFrom(value.table)
-    elif old.HasField("segment"):
-        write.old_value, write.new_value = old.segment.selector, value.segment.selector
-        write.old_table.base, write.old_table.limit = old.segment.base, old.segment.limit
-        write.new_table.base, write.new_table.limit = value.segment.base, value.segment.limit
-    else:
-        write.old_value, write.new_value = old.value, value.value
+    write = processor_state.register_write(state, value)
     subject = name_of(RegisterName, value.name).removeprefix("REGISTER_NAME_")
     resolution = _judge(board, processor, Exit(registers=state.registers, register_write=write), subject)
     if resolution.action == vcpu_pb2.ACTION_REPLACE:

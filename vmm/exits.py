@@ -13,6 +13,7 @@ from vmm.board import Answer, Board, complete, failed, register_update, reset_wa
 from vmm.hyperv_msrs import GeneralProtectionError, ResetRequestError
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
+from vmm.vtl1 import conclude
 from vmm.vtl_switch import SKIP
 from vtlab.errors import Cancelled, GuestMisbehaved
 from vtlab.hyperv.cpuid import HYPERVISOR_LEAVES
@@ -155,10 +156,12 @@ def _kicked(board: Board, processor: Processor, exit_: Exit) -> Answer:
     return processor.resume()
 
 
-def _vtl_return(board: Board, processor: Processor, _exit: Exit) -> Answer:
-    """The guest-code personality's own: it was entered for an interrupt that VTL1 does not let in."""
+def _vtl_return(board: Board, processor: Processor, exit_: Exit) -> Answer:
+    """The guest-code personality's own: VTL1 does not let the interrupt in, or a policy ends it."""
     if not board.guest_code or processor.vtl.active != VTL1:
         raise GuestMisbehaved(f"VTL{processor.vtl.active} of {board.vm}", "exits with vtl_return")
+    if exit_.vtl_return.HasField("resolution"):
+        return conclude(board, processor, exit_.vtl_return.resolution)
     return vtl_switch.nothing_to_take(board, processor)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from vtlab.enums import name_of
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
+from vtlab.v1.vcpu_pb2 import RegisterWrite
 from vtlab.x86.registers import Msr
 
 _GENERAL = (
@@ -104,3 +105,19 @@ def initial_state(values: Iterable[RegisterValue], pat: int) -> ProcessorState:
     if all(pat >> shift & 0xFF in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8)):
         state.msrs.append(MsrValue(index=Msr.PAT, value=pat))
     return state
+
+
+def register_write(state: ProcessorState, value: RegisterValue) -> RegisterWrite:
+    """What a write of that register would change; the tables, and of segments base and limit, as tables."""
+    old = register(state, value.name)
+    write = RegisterWrite(name=value.name)
+    if value.HasField("table") or old.HasField("table"):
+        write.old_table.CopyFrom(old.table)
+        write.new_table.CopyFrom(value.table)
+    elif old.HasField("segment"):
+        write.old_value, write.new_value = old.segment.selector, value.segment.selector
+        write.old_table.base, write.old_table.limit = old.segment.base, old.segment.limit
+        write.new_table.base, write.new_table.limit = value.segment.base, value.segment.limit
+    else:
+        write.old_value, write.new_value = old.value, value.value
+    return write

@@ -23,10 +23,10 @@ from vtlab.x86.registers import Msr
 
 
 def enter_vtl1(board: Board, processor: Processor, enter: Enter, cause: Exit | None = None) -> VtlReturn:
-    """Runs VTL1 until it returns to VTL0, serving what it asks for.
+    """Runs VTL1 until it returns, serving what it asks for. The level that was active is so again then.
 
     Args:
-        cause: the exit of VTL0 that it is about; None if a client is the reason.
+        cause: the exit of VTL0 that it is about; None if a client, or guest code at VTL1, is the reason.
 
     Raises:
         PeerUnavailable: the monitor is gone or silent.
@@ -39,11 +39,11 @@ def enter_vtl1(board: Board, processor: Processor, enter: Enter, cause: Exit | N
 
 def _until_return(board: Board, processor: Processor, exit_: Exit, enter: Enter) -> VtlReturn:
     """From the exit that answers an enter of VTL1 on."""
-    processor.vtl.active = VTL1
+    caller, processor.vtl.active = processor.vtl.active, VTL1
     while True:
         kind = exit_.WhichOneof("reason")
         if kind == "vtl_return":
-            processor.vtl.active = VTL0
+            processor.vtl.active = caller
             return exit_.vtl_return
         if kind != "protect":
             raise GuestMisbehaved(f"VTL1 of {board.vm}", f"exits with {kind or 'nothing'}")
@@ -110,14 +110,16 @@ def intercept(board: Board, processor: Processor, exit_: Exit) -> Answer:
     return conclude(board, processor, resolution, updates)
 
 
-def judged(board: Board, processor: Processor, exit_: Exit, cause: Exit) -> Resolution:
-    """VTL1's verdict on what an exit of VTL0 asks for besides; what it wants programmed is."""
+def judged(board: Board, processor: Processor, exit_: Exit, cause: Exit | None = None) -> Resolution:
+    """VTL1's verdict on what an exit of VTL0, or of its own code, asks for besides; what it wants programmed is."""
     resolution, updates = _verdict(board, processor, exit_, cause)
     processor.post(*updates)
     return resolution
 
 
-def _verdict(board: Board, processor: Processor, exit_: Exit, cause: Exit) -> tuple[Resolution, list[Update]]:
+def _verdict(
+    board: Board, processor: Processor, exit_: Exit, cause: Exit | None
+) -> tuple[Resolution, list[Update]]:
     enter = Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT)
     enter.intercept.CopyFrom(exit_)
     answer = enter_vtl1(board, processor, enter, cause)
@@ -125,7 +127,7 @@ def _verdict(board: Board, processor: Processor, exit_: Exit, cause: Exit) -> tu
         raise GuestMisbehaved(f"VTL1 of {board.vm}", "stands down though no VTL call asked for it")
     resolution = answer.resolution
     board.events.record(
-        vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, exit_.sequence, weight=512
+        vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, exit_.vtl, exit_.sequence, weight=512
     )
     return resolution, take_updates(board, processor, answer)
 

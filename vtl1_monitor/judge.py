@@ -44,15 +44,17 @@ class Verdict(NamedTuple):
         return self.resolution.action in (vcpu_pb2.ACTION_COMMIT, vcpu_pb2.ACTION_RETRY)
 
 
-# What a violation of a register's rule does; of memory, "log" opens the page and runs the instruction again.
-_REGISTER_ACTION: dict[Violation, vcpu_pb2.Action.ValueType] = {
+REGISTER_ACTION: dict[Violation, vcpu_pb2.Action.ValueType] = {
     Violation.GP: vcpu_pb2.ACTION_DENY,
     Violation.SKIP: vcpu_pb2.ACTION_SKIP,
     Violation.LOG: vcpu_pb2.ACTION_COMMIT,
     Violation.HALT: vcpu_pb2.ACTION_HALT,
     Violation.RESET: vcpu_pb2.ACTION_RESET,
 }
-_MEMORY_ACTION = _REGISTER_ACTION | {Violation.LOG: vcpu_pb2.ACTION_RETRY}
+"""What a violation of a register's rule does."""
+
+# Of memory, "log" opens the page and runs the instruction again.
+_MEMORY_ACTION = REGISTER_ACTION | {Violation.LOG: vcpu_pb2.ACTION_RETRY}
 
 
 def judge(rules: Rules, facts: Facts, exit_: vcpu_pb2.Exit) -> Verdict:
@@ -78,7 +80,7 @@ def _value(rule: ValueRule | None, name: str, old: int, new: int) -> Verdict:
     refused = rule.refused(old, new)
     if refused:
         reason = f"{rule.name}: {old:#x} -> {new:#x} changes pinned bits {refused:#x}"
-        return _verdict(_REGISTER_ACTION[rule.violation], rule.name, reason)
+        return _verdict(REGISTER_ACTION[rule.violation], rule.name, reason)
     if (old ^ new) & rule.watched_mask:
         return _commit(rule.name, f"{rule.name}: {old:#x} -> {new:#x} is watched")
     return _commit(NO_RULE, f"{rule.name}: no pinned bit changes to a forbidden value")
@@ -104,7 +106,7 @@ def _table_register(rules: Rules, _facts: Facts, write: vcpu_pb2.RegisterWrite) 
     # LLDT and LTR reload the hidden part from memory: the same selector may mean another segment.
     if same and write.name in (registers_pb2.REGISTER_NAME_GDTR, registers_pb2.REGISTER_NAME_IDTR):
         return _commit(NO_RULE, f"{rule.name}: same base and limit")
-    return _verdict(_REGISTER_ACTION[rule.violation], rule.name, f"{rule.name} is frozen")
+    return _verdict(REGISTER_ACTION[rule.violation], rule.name, f"{rule.name} is frozen")
 
 
 def _cr3(rules: Rules, facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
@@ -114,7 +116,7 @@ def _cr3(rules: Rules, facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:
     root = write.new_value & CR3_BASE
     if root in facts.roots:
         return _commit(NO_RULE, f"cr3: root {root:#x} is known")
-    return _verdict(_REGISTER_ACTION[rule.violation], rule.name, f"cr3: root {root:#x} is not known to VTL1")
+    return _verdict(REGISTER_ACTION[rule.violation], rule.name, f"cr3: root {root:#x} is not known to VTL1")
 
 
 def _free_register(_rules: Rules, _facts: Facts, write: vcpu_pb2.RegisterWrite) -> Verdict:

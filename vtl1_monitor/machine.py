@@ -19,6 +19,7 @@ from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.rules import Action, Rules
 from vtl1_monitor.policy.schema import Phase, SleepMode
 from vtl1_monitor.policy.text import PolicyText
+from vtl1_monitor.protection_judge import judge_protection
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.secrets import Secrets
 from vtl1_monitor.sleep_judge import judge_sleep
@@ -223,6 +224,8 @@ class Machine:
             verdict = judge_load(rules, self, exit_.state_load)
             if exit_.state_load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and rules.lifecycle.s3 is SleepMode.VERIFY:
                 self.processors[vp_index].sealed = exit_.state_load.before.SerializeToString()
+        elif exit_.HasField("protect"):
+            verdict = judge_protection(rules, exit_.protect)
         else:
             verdict = judge(rules, self, exit_)
         if self.processors[vp_index].keeps_pins and exit_.HasField("register_write"):

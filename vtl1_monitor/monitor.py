@@ -15,6 +15,7 @@ from vtl1_monitor.api import CodeRule
 from vtl1_monitor.keeper import Keeper, after_interruption
 from vtl1_monitor.machine import Machine
 from vtl1_monitor.memory import GuestMemory
+from vtl1_monitor.observer import observable
 from vtl1_monitor.personality import PolicyProcessor
 from vtl1_monitor.policy.image import BootImage
 from vtl1_monitor.policy.problems import PolicyProblems
@@ -83,7 +84,7 @@ class Monitor:
             machine = self._create(request)
             code = None
             if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
-                code = _guest_code(machine.memory.ram, request)
+                code = _guest_code(machine, request)
             self._close()
             machine.override = self._overrides.get(request.vm)
             self._machine = machine
@@ -266,6 +267,8 @@ class Monitor:
             if machine.locked or machine.taken:
                 state = "locked" if machine.locked else "taken by the guest"
                 raise WrongState(f"policy of {vm}", state=f"it is {state}", operation="replace it")
+            if self._code is not None:
+                observable(parsed, machine)  # nobody takes it later who could refuse
             machine.override = self._overrides[vm] = parsed
             self._keep_operators(machine)
             return machine.status()
@@ -333,11 +336,11 @@ class Monitor:
         return machine
 
 
-def _guest_code(ram: Ram, request: vcpu_pb2.AttachRequest) -> GuestCode:
+def _guest_code(machine: Machine, request: vcpu_pb2.AttachRequest) -> GuestCode:
     from vtl1_monitor.guest_code import GuestCode  # loads the emulator, which no policy needs
 
     turn_file = Path(request.memory_directory) / TURN_FILE
-    return GuestCode(ram, request.vp_count, turn_file, local_apic_enabled=request.local_apic_enabled)
+    return GuestCode(machine, turn_file, local_apic_enabled=request.local_apic_enabled)
 
 
 def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:

@@ -7,10 +7,10 @@ from vmm.board import Answer, Board, complete, register_update
 from vmm.designs.design import Design
 from vmm.discovery import Leaf
 from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import Request, decode_registers
 from vmm.processor import Processor
 from vmm.vtl1 import intercept, vtl_call
 from vmm.vtl_switch import SKIP, UNDEFINED_OPCODE
+from vtlab.hyperv.convention import Request, decode_registers
 from vtlab.hyperv.hypercalls import HypercallCode
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.v1.vcpu_pb2 import Exit, Resolution

@@ -10,16 +10,11 @@ from typing import NamedTuple
 
 from vmm.memory import WRITE, Memory
 from vtlab.errors import VtlabError
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import InputValue, decode_input_value
 from vtlab.hyperv.status import HvStatus
 from vtlab.ram import PAGE_SIZE
-from vtlab.v1.registers_pb2 import Registers
-from vtlab.x86.registers import Cr0, Efer
 
-_PE, _LMA = Cr0.PE.value, Efer.LMA.value
-# Bit 13 of HV_X64_SEGMENT_REGISTER attributes.
-_CS_L = 1 << 13
-_LOW = 0xFFFF_FFFF
 FAST_INPUT_SIZE = 16
 # RDX, R8 and XMM0 to XMM5: input, then output from the next multiple of 16.
 XMM_SIZE = FAST_INPUT_SIZE + 6 * 16
@@ -44,31 +39,6 @@ class Shape(NamedTuple):
     @property
     def rep(self) -> bool:
         return self.element_in > 0
-
-
-class Request(NamedTuple):
-    """A call as it stands in the registers. `control` is what a VTL switch takes beside its bare code."""
-
-    value: int
-    input: int
-    output: int
-    control: int
-    long_mode: bool
-
-
-def decode_registers(registers: Registers) -> Request | None:
-    """Reads the 64-bit or the 32-bit convention; None in real mode, where a hypercall is #UD."""
-    if registers.efer & _LMA and registers.cs.attributes & _CS_L:
-        return Request(registers.rcx, registers.rdx, registers.r8, registers.rax, True)
-    if not registers.cr0 & _PE:
-        return None
-    return Request(
-        (registers.rdx & _LOW) << 32 | registers.rax & _LOW,
-        (registers.rbx & _LOW) << 32 | registers.rcx & _LOW,
-        (registers.rdi & _LOW) << 32 | registers.rsi & _LOW,
-        registers.rcx & _LOW,
-        False,
-    )
 
 
 def check_input_value(value: InputValue, shape: Shape, *, xmm: bool = False, no_repetitions: bool = False) -> HvStatus:

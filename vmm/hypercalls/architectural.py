@@ -7,7 +7,7 @@ no further effect and meets no intercept; it rides on that level's next enter.
 from __future__ import annotations
 
 from vmm import processor_state
-from vmm.hypercalls import register_values
+from vmm.hypercalls import observed, register_values
 from vmm.hypercalls.table import Call
 from vmm.memory import WRITE
 from vmm.processor import Processor
@@ -80,6 +80,8 @@ def write(call: Call, processor: Processor, target: int, name: int, value: int) 
         return HvStatus.INVALID_REGISTER_VALUE
     else:
         register.value = value
+    if call.exit.hypercall.observed and not observed.may_write(call, state_of(call, processor, target), register):
+        return HvStatus.ACCESS_DENIED
     processor.post(Update(register=register), vtl=target)
     if target == VTL0 and name in _WAKES:
         call.board.gate.wake(processor.index)
@@ -99,6 +101,10 @@ def _write_synthetic(call: Call, processor: Processor, target: int, index: int, 
 
     if not register_values.legal_synthetic(index, value, writable):
         return HvStatus.INVALID_REGISTER_VALUE
+    if call.exit.hypercall.observed:
+        old = processor_state.msr(state_of(call, processor, target), index) or 0
+        if not observed.may_write_msr(call, index, old, value):
+            return HvStatus.ACCESS_DENIED
     processor.post(Update(msr=MsrValue(index=index, value=value)), vtl=target)
     return HvStatus.SUCCESS
 
@@ -111,5 +117,7 @@ def _write_msr(call: Call, processor: Processor, target: int, index: int, value:
         return HvStatus.INVALID_PARAMETER
     if index == Msr.APIC_BASE:
         return HvStatus.SUCCESS if value == old else HvStatus.INVALID_PARAMETER
+    if not observed.may_write_msr(call, index, old, value):
+        return HvStatus.ACCESS_DENIED
     processor.post(Update(msr=MsrValue(index=index, value=value)), vtl=target)
     return HvStatus.SUCCESS

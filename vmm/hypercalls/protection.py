@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from vmm.board import Board
+from vmm.hypercalls import observed
 from vmm.hypercalls.table import Call
 from vmm.memory import objection, rights_of
 from vtlab.errors import VtlabError
 from vtlab.hyperv.profiles import ExecuteBits
+from vtlab.hyperv.status import HvStatus
 from vtlab.hyperv.vsm import MapGpaFlags
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.vcpu_pb2 import PageAccess, ProtectionUpdate
@@ -29,19 +30,20 @@ def page_access(flags: int, *, mbec: bool, execute_bits: ExecuteBits) -> PageAcc
     )
 
 
-def protect(call: Call, pages: list[int], flags: int) -> bool:
-    """Gives pages of RAM those rights; False if it cannot be done."""
-    return _protect(call.board, runs_of(pages), flags)
+def protect(call: Call, pages: list[int], flags: int) -> HvStatus:
+    """Gives pages of RAM those rights. INVALID_PARAMETER if it cannot be done, ACCESS_DENIED if a policy forbids it."""
+    return _protect(call, runs_of(pages), flags)
 
 
-def protect_all(call: Call, flags: int) -> None:
+def protect_all(call: Call, flags: int) -> HvStatus:
     """The default mask: all of RAM has those rights."""
     if not call.board.guest_code:
-        return  # a policy names its own default
-    _protect(call.board, [0, call.board.memory.pages], flags)
+        return HvStatus.SUCCESS  # a policy names its own default
+    return _protect(call, [0, call.board.memory.pages], flags)
 
 
-def _protect(board: Board, runs: list[int], flags: int) -> bool:
+def _protect(call: Call, runs: list[int], flags: int) -> HvStatus:
+    board = call.board
     access = page_access(flags, mbec=board.vtl.has_mbec, execute_bits=board.profile.execute_bits)
     if access.write:
         store = vcpu_pb2.PAGE_STORE_WRITABLE
@@ -51,11 +53,13 @@ def _protect(board: Board, runs: list[int], flags: int) -> bool:
         store = vcpu_pb2.PAGE_STORE_PRIVATE
     assert objection(0, rights_of(access)) is None
     update = ProtectionUpdate(runs=runs, access=access, store=store)
+    if not observed.may_protect(call, update):
+        return HvStatus.ACCESS_DENIED
     try:
         board.protect([update], reveal=True)
     except VtlabError:
-        return False
-    return True
+        return HvStatus.INVALID_PARAMETER
+    return HvStatus.SUCCESS
 
 
 def runs_of(pages: list[int]) -> list[int]:

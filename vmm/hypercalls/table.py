@@ -11,6 +11,7 @@ from vmm.hypercalls import abi
 from vmm.hypercalls.rules import CallRules, Facts, Rules, rules_of
 from vmm.processor import Processor
 from vtlab.errors import VtlabError
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import HypercallCode, InputValue, encode_result
 from vtlab.hyperv.profiles import VsmProfile
 from vtlab.hyperv.status import HvStatus
@@ -103,7 +104,7 @@ class Hypercalls:
         """Every pair of call and status that can be. The VTL switches give none, and are not here."""
         return {(code, status) for code, row in self._rows.items() for status in row.statuses(profile)}
 
-    def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: abi.Request) -> int | None:
+    def serve(self, board: Board, processor: Processor, vtl: int, exit_: Exit, request: Request) -> int | None:
         """The result value, or None if the caller has to make the call again.
 
         Never raises for anything that a guest can put into a call.
@@ -137,7 +138,7 @@ class Hypercalls:
         return encode_result(reply.status, value.rep_start + reply.reps if shape.rep else 0)
 
     @staticmethod
-    def _write_back(call: Call, request: abi.Request, value: InputValue, shape: abi.Shape, reply: Reply) -> bool:
+    def _write_back(call: Call, request: Request, value: InputValue, shape: abi.Shape, reply: Reply) -> bool:
         """A simple call gives output only on success, a rep call that of the elements it did."""
         if reply.status and not shape.rep:
             return True

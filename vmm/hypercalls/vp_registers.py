@@ -138,10 +138,10 @@ def _write_config(scope: Scope, value: int) -> HvStatus:
     legal = legal_map_flags(mask, mbec=levels.has_mbec, execute_bits=profile.execute_bits)
     if mask & full != full or not legal:
         return _BAD_VALUE
-    levels.config = value
-    if value & _ENABLE:
-        protect_all(call, mask)
-    return HvStatus.SUCCESS
+    status = protect_all(call, mask) if value & _ENABLE else HvStatus.SUCCESS
+    if not status:
+        levels.config = value
+    return status
 
 
 def _write_secure_config(scope: Scope, value: int) -> HvStatus:

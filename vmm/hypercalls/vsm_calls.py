@@ -136,6 +136,7 @@ def modify_vtl_protection_mask(call: Call) -> Reply:
         return Reply(status)
     pages = [int.from_bytes(element, "little") for element in call.elements]
     good = next((count for count, page in enumerate(pages) if page >= call.board.memory.pages), len(pages))
-    if good and not protect(call, pages[:good], header.map_flags):
-        return Reply(HvStatus.INVALID_PARAMETER)
+    status = protect(call, pages[:good], header.map_flags) if good else HvStatus.SUCCESS
+    if status:
+        return Reply(status)
     return Reply(HvStatus.SUCCESS if good == len(pages) else HvStatus.INVALID_PARAMETER, reps=good)

@@ -1821,6 +1821,7 @@ class Hypercall(_message.Message):
     RETURN_RAX_FIELD_NUMBER: _builtins.int
     RETURN_RCX_FIELD_NUMBER: _builtins.int
     INTERRUPT_PENDING_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
     xmm: _builtins.bytes
     """XMM0 to XMM5, 16 bytes each, where the call's input value has the fast bit."""
     return_rax: _builtins.int
@@ -1828,6 +1829,10 @@ class Hypercall(_message.Message):
     return_rcx: _builtins.int
     interrupt_pending: _builtins.bool
     """For a VTL return: an interrupt for this level waits that its TPR lets in."""
+    observed: _builtins.bool
+    """Of guest code at VTL1 that a policy observes: what the call would change is put to VTL1 first, by INTERCEPT with an
+    exit of VTL1 (RegisterWrite, MsrAccess, Protect) for each change.
+    """
     def __init__(
         self,
         *,
@@ -1835,10 +1840,11 @@ class Hypercall(_message.Message):
         return_rax: _builtins.int = ...,
         return_rcx: _builtins.int = ...,
         interrupt_pending: _builtins.bool = ...,
+        observed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interrupt_pending", b"interrupt_pending", "return_rax", b"return_rax", "return_rcx", b"return_rcx", "xmm", b"xmm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interrupt_pending", b"interrupt_pending", "observed", b"observed", "return_rax", b"return_rax", "return_rcx", b"return_rcx", "xmm", b"xmm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

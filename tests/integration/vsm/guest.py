@@ -135,6 +135,22 @@ _ARM = f"lea rdi, [rip + after]; mov esi, {ARM}; call enter; lea rdi, [rip + aft
 HALTS = f"{_ARM}; cli; stands: hlt; jmp stands; after: mov qword ptr [{RESULT + 64}], 1"
 SPINS = f"{_ARM}; stands: pause; jmp stands; after: mov qword ptr [{RESULT + 64}], 1"
 
+GP_COUNT = SEEN + 72
+"""How many times VTL1 took #GP; its handler goes on behind an instruction of three bytes."""
+
+# What VTL1 does when it is called again: after its first return.
+SETS_TSD = f"mov rax, cr4; or eax, {int(Cr4.TSD)}; mov cr4, rax; mov rax, cr4; mov qword ptr [{SEEN + 80}], rax"
+SETS_TSD_OF_VTL0 = (
+    f"{_set_register(r.REGISTER_NAME_CR4, str(int(Cr4.PAE | Cr4.TSD)), 0x10)}; mov dword ptr [{SEEN + 80}], eax"
+)
+WRITES_LSTAR = (
+    f"{_wrmsr(int(Msr.LSTAR), 0x1000)}; rdmsr; mov dword ptr [{SEEN + 80}], eax; mov dword ptr [{SEEN + 84}], edx"
+)
+OPENS_SECRET = f"{_protect(SECRET, 15)}; mov dword ptr [{SEEN + 80}], eax"
+# What it does before.
+STARTS_WITH_TSD = f"mov rax, cr4; or eax, {int(Cr4.TSD)}; mov cr4, rax"
+CALLS_AGAIN = "call enter"
+
 _VTL1 = f"""
     vtl1:
     mov qword ptr [{SEEN}], rbx; mov qword ptr [{SEEN + 8}], r12
@@ -166,6 +182,10 @@ _VTL1 = f"""
     mov word ptr [{IDT + 16 * TIMER_VECTOR}], ax; shr rax, 16
     mov dword ptr [{IDT + 16 * TIMER_VECTOR + 2}], 0x8e000008
     mov word ptr [{IDT + 16 * TIMER_VECTOR + 6}], ax
+    lea rax, [rip + on_gp]
+    mov word ptr [{IDT + 16 * 13}], ax; shr rax, 16
+    mov dword ptr [{IDT + 16 * 13 + 2}], 0x8e000008
+    mov word ptr [{IDT + 16 * 13 + 6}], ax
     mov eax, 0
     ABOVE
     mov dword ptr [{RESULT + 56}], eax
@@ -191,9 +211,17 @@ _VTL1 = f"""
     mov rdx, rax; shr rdx, 32
     mov ecx, {int(HvMsr.STIMER0_COUNT)}; wrmsr
     not_arm:
+    push r8
+    LATER
+    pop r8
     inc r8
     mov ecx, 1
     jmp return
+    on_gp:
+    inc dword ptr [{GP_COUNT}]
+    add rsp, 8
+    add qword ptr [rsp], 3
+    iretq
     on_timer:
     inc dword ptr [{SEEN + 64}]
     {_set_register(r.REGISTER_NAME_RIP, "rdi", 0x10)}
@@ -250,14 +278,16 @@ WAIT_A_WHILE = "je waited; test ecx, ecx; jnz"
 
 
 @cache
-def assemble(body: str, config: int = 0x3F, above: str = "") -> bytes:
+def assemble(body: str, config: int = 0x3F, above: str = "", later: str = "") -> bytes:
     """The image, to be loaded and started at LOAD in long mode.
 
     Args:
         body: what VTL0 does after its first call.
         config: VsmPartitionConfig, as VTL1 writes it.
         above: what VTL1 does before its first return; RESULT + 56 gets the EAX that it leaves.
+        later: what it does at each call after that.
     """
-    text = _VTL0.replace("BODY", body) + _VTL1.replace("CONFIG", hex(config)).replace("ABOVE", above)
+    vtl1 = _VTL1.replace("CONFIG", hex(config)).replace("ABOVE", above).replace("LATER", later)
+    text = _VTL0.replace("BODY", body) + vtl1
     code, _ = Ks(KS_ARCH_X86, KS_MODE_64).asm(text.replace("\n", ";"), LOAD)
     return bytes(code)

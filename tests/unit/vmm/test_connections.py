@@ -14,8 +14,8 @@ from vmm.devices import optional
 from vmm.devices.hyperv_testdev import NAME, PORT, Command, HypervTestDevice
 from vmm.exits import serve
 from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import Request
 from vtlab.errors import BadArgument
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import HypercallCode, encode_input_value
 from vtlab.hyperv.status import HvStatus as S
 from vtlab.v1.vcpu_pb2 import Exit, Hypercall, Kicked, SynicEvent, SynicInterrupt, SynicMessage, Update

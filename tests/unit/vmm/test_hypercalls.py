@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.unit.vmm.fakes import FakeLevel, returns
 from vmm.board import Board
 from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import Request
 from vmm.hypercalls.protection import runs_of
 from vmm.hypercalls.rules import legal_map_flags
 from vmm.vtl import VTL1
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import (
     PARTITION_SELF,
     VP_SELF,
