@@ -29,6 +29,21 @@ def _cause(enter: Enter) -> tuple[int, int]:
     return enter.cause_vp_index, enter.cause
 
 
+def _names(update: Update) -> tuple[str | None, int]:
+    return update.WhichOneof("change"), update.register.name or update.msr.index
+
+
+def _place_of_older(waiting: list[Update], update: Update) -> int | None:
+    """Where a value of the same register or MSR waits, with nothing but registers and MSRs behind it."""
+    for position in range(len(waiting) - 1, -1, -1):
+        older = waiting[position]
+        if not (older.HasField("register") or older.HasField("msr")):
+            return None
+        if _names(older) == _names(update):
+            return position
+    return None
+
+
 class Processor:
     """State of one vCPU that belongs to the VMM.
 
@@ -89,8 +104,28 @@ class Processor:
                 waiting.append(update)
         self._touch()
 
+    def post_latest(self, update: Update, vtl: int = VTL0) -> None:
+        """Adds a register or MSR to the next enter of a level, in place of an older value of it that waits.
+
+        So a level that writes another's registers for ever piles nothing up. An event in between keeps both.
+        Thread-safe.
+        """
+        with self._lock:
+            waiting = self._waiting_for(vtl)
+            position = _place_of_older(waiting, update)
+            if position is None:
+                waiting.append(update)
+            else:
+                waiting[position] = update
+        self._touch()
+
     def _waiting_for(self, vtl: int) -> list[Update]:
         return self._pending_upper if vtl else self._pending
+
+    def waiting_for(self, vtl: int) -> list[Update]:
+        """What waits for the next enter of a level, in order. Thread-safe."""
+        with self._lock:
+            return list(self._waiting_for(vtl))
 
     @property
     def waiting(self) -> int:

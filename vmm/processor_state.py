@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from vtlab.enums import name_of
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue, Segment, TableRegister
-from vtlab.v1.vcpu_pb2 import RegisterWrite
+from vtlab.v1.vcpu_pb2 import RegisterWrite, Update
 from vtlab.x86.registers import Msr
 
 _GENERAL = (
@@ -39,6 +39,7 @@ _WORDS: dict[int, Callable[[ProcessorState], int]] = {
     **{_number(name): _debug(position) for position, name in enumerate(_DEBUG)},
     _number("xfem"): lambda state: state.xcr0,
 }
+_DEBUG_NUMBERS = {_number(name): position for position, name in enumerate(_DEBUG)}
 SEGMENTS = frozenset(_number(name) for name in _SEGMENTS)
 TABLES = frozenset(_number(name) for name in _TABLES)
 _SEGMENT_NAMES = {_number(name): name for name in _SEGMENTS}
@@ -86,6 +87,44 @@ def msr(state: ProcessorState, index: int) -> int | None:
     return next((item.value for item in state.msrs if item.index == index), None)
 
 
+def _set_register(state: ProcessorState, item: RegisterValue) -> None:
+    """A segment, a table, or one of the 64-bit registers outside XCR0 and the debug registers."""
+    name = name_of(RegisterName, item.name).removeprefix("REGISTER_NAME_").lower()
+    if item.HasField("segment"):
+        holder = state.registers if name in ("cs", "ss", "ds") else state
+        getattr(holder, name).CopyFrom(item.segment)
+    elif item.HasField("table"):
+        getattr(state, name).CopyFrom(item.table)
+    else:
+        setattr(state.registers, name, item.value)
+
+
+def with_updates(state: ProcessorState, updates: Iterable[Update]) -> ProcessorState:
+    """The state when a vCPU that holds `state` has taken these; what is no register is passed over."""
+    result = ProcessorState()
+    result.CopyFrom(state)
+    for update in updates:
+        kind = update.WhichOneof("change")
+        if kind == "start_processor":
+            result.CopyFrom(update.start_processor.state)
+        elif kind == "msr":
+            found = next((item for item in result.msrs if item.index == update.msr.index), None)
+            if found is not None:
+                found.value = update.msr.value
+        elif kind == "register":
+            _update_register(result, update.register)
+    return result
+
+
+def _update_register(state: ProcessorState, item: RegisterValue) -> None:
+    if item.name == _number("xfem"):
+        state.xcr0 = item.value
+    elif item.name in _DEBUG_NUMBERS:
+        state.debug[_DEBUG_NUMBERS[item.name]] = item.value
+    elif item.name in REGISTERS:
+        _set_register(state, item)
+
+
 def initial_state(values: Iterable[RegisterValue], pat: int) -> ProcessorState:
     """The state that an initial VP context describes; DR6 and DR7 are as after RESET, XCR0 has x87 alone.
 
@@ -94,13 +133,7 @@ def initial_state(values: Iterable[RegisterValue], pat: int) -> ProcessorState:
     state = ProcessorState(xcr0=1, debug=[0, 0, 0, 0, 0xFFFF_0FF0, 0x400])
     registers = state.registers
     for item in values:
-        name = name_of(RegisterName, item.name).removeprefix("REGISTER_NAME_").lower()
-        if item.HasField("segment"):
-            (getattr(registers, name) if name in ("cs", "ss", "ds") else getattr(state, name)).CopyFrom(item.segment)
-        elif item.HasField("table"):
-            getattr(state, name).CopyFrom(item.table)
-        else:
-            setattr(registers, name, item.value)
+        _set_register(state, item)
     registers.cpl = registers.ss.attributes >> 5 & 3
     if all(pat >> shift & 0xFF in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8)):
         state.msrs.append(MsrValue(index=Msr.PAT, value=pat))

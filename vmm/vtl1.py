@@ -39,7 +39,7 @@ def enter_vtl1(board: Board, processor: Processor, enter: Enter, cause: Exit | N
 
 def _until_return(board: Board, processor: Processor, exit_: Exit, enter: Enter) -> VtlReturn:
     """From the exit that answers an enter of VTL1 on."""
-    caller, processor.vtl.active = processor.vtl.active, VTL1
+    caller, processor.vtl.active = VTL1 if board.guest_code else VTL0, VTL1
     while True:
         kind = exit_.WhichOneof("reason")
         if kind == "vtl_return":
@@ -117,9 +117,7 @@ def judged(board: Board, processor: Processor, exit_: Exit, cause: Exit | None =
     return resolution
 
 
-def _verdict(
-    board: Board, processor: Processor, exit_: Exit, cause: Exit | None
-) -> tuple[Resolution, list[Update]]:
+def _verdict(board: Board, processor: Processor, exit_: Exit, cause: Exit | None) -> tuple[Resolution, list[Update]]:
     enter = Enter(reason=vcpu_pb2.ENTER_REASON_INTERCEPT)
     enter.intercept.CopyFrom(exit_)
     answer = enter_vtl1(board, processor, enter, cause)

@@ -38,8 +38,6 @@ UNREACHABLE = (
         ("kvm",),
         "only a policy refuses to come to life; here VTL1 is the guest's own code",
     ),
-    Unreachable(C.GET_VP_REGISTERS, S.INVALID_VP_STATE, ("openvmm",), _OTHER_VP),
-    Unreachable(C.SET_VP_REGISTERS, S.INVALID_VP_STATE, ("openvmm",), _OTHER_VP),
     Unreachable(C.GET_VP_REGISTERS, S.INVALID_VTL_STATE, ("openvmm",), _OTHER_VP),
     Unreachable(C.SET_VP_REGISTERS, S.INVALID_VTL_STATE, ("openvmm",), _OTHER_VP),
     Unreachable(C.TRANSLATE_VIRTUAL_ADDRESS, S.INVALID_VP_STATE, ("openvmm",), _ABOVE),

@@ -1,7 +1,8 @@
 """Architectural registers in HvCallGetVpRegisters and HvCallSetVpRegisters, read from a level's core and written to it.
 
 Reading VTL0's from VTL1 has VTL0 apply first what waits for it, so that what VTL1 wrote is what it reads. A write has
-no further effect and meets no intercept; it rides on that level's next enter.
+no further effect and meets no intercept; it rides on that level's next enter. Where the profile lets a VP name another
+one, that one is brought out for the moment.
 """
 
 from __future__ import annotations
@@ -31,18 +32,32 @@ def known(name: int) -> bool:
 
 
 def objection(call: Call, processor: Processor, target: int, name: int) -> HvStatus:
-    """Only from above, unless it is synthetic or the profile lets a level name its own; only on the caller's own VP."""
+    """Only from above, unless it is synthetic or the profile lets a level name its own."""
     own = name in SYNTHETIC_MSR_OF_REGISTER or call.profile.own_registers
     if target >= call.vtl and not own:
         return HvStatus.ACCESS_DENIED
-    return HvStatus.SUCCESS if processor is call.processor else HvStatus.INVALID_VP_STATE
+    return HvStatus.SUCCESS if processor.vtl.has(target) else HvStatus.INVALID_VTL_STATE
 
 
 def state_of(call: Call, processor: Processor, target: int) -> ProcessorState:
-    """What a level's core holds, when what waits for it has been applied."""
+    """What a level's core holds, when what waits for it has been applied.
+
+    Another VP is brought out for that, and goes on by itself. Raises TimedOut if it does not come out.
+    """
+    if processor is not call.processor:
+        with call.board.gate.none_inside():
+            return _state_of_other(call, processor, target)
     if target < call.vtl and not processor.settled:
         call.board.record_serial(processor, target, processor.settle())
     return call.board.level(target).state(processor.index)
+
+
+def _state_of_other(call: Call, processor: Processor, target: int) -> ProcessorState:
+    """Of a VP that is outside: an instruction whose exit is open has not been executed yet."""
+    if target == VTL0 and processor.vtl.active != VTL0 and not processor.settled:
+        call.board.record_serial(processor, target, processor.settle())
+    state = call.board.level(target).state(processor.index)
+    return processor_state.with_updates(state, processor.waiting_for(target))
 
 
 def read(call: Call, processor: Processor, target: int, name: int) -> int:
@@ -82,7 +97,7 @@ def write(call: Call, processor: Processor, target: int, name: int, value: int) 
         register.value = value
     if call.exit.hypercall.observed and not observed.may_write(call, state_of(call, processor, target), register):
         return HvStatus.ACCESS_DENIED
-    processor.post(Update(register=register), vtl=target)
+    _post(call, processor, target, Update(register=register))
     if target == VTL0 and name in _WAKES:
         call.board.gate.wake(processor.index)
     return HvStatus.SUCCESS
@@ -105,7 +120,7 @@ def _write_synthetic(call: Call, processor: Processor, target: int, index: int, 
         old = processor_state.msr(state_of(call, processor, target), index) or 0
         if not observed.may_write_msr(call, index, old, value):
             return HvStatus.ACCESS_DENIED
-    processor.post(Update(msr=MsrValue(index=index, value=value)), vtl=target)
+    _post(call, processor, target, Update(msr=MsrValue(index=index, value=value)))
     return HvStatus.SUCCESS
 
 
@@ -119,5 +134,14 @@ def _write_msr(call: Call, processor: Processor, target: int, index: int, value:
         return HvStatus.SUCCESS if value == old else HvStatus.INVALID_PARAMETER
     if not observed.may_write_msr(call, index, old, value):
         return HvStatus.ACCESS_DENIED
-    processor.post(Update(msr=MsrValue(index=index, value=value)), vtl=target)
+    _post(call, processor, target, Update(msr=MsrValue(index=index, value=value)))
     return HvStatus.SUCCESS
+
+
+def _post(call: Call, processor: Processor, target: int, update: Update) -> None:
+    """Another VP executes nothing more before it has the new value."""
+    if processor is call.processor:
+        processor.post_latest(update, vtl=target)
+        return
+    with call.board.gate.none_inside():
+        processor.post_latest(update, vtl=target)

@@ -69,7 +69,7 @@ def _flush(call: Call, legal: int, targets: set[int] | None) -> Reply:
 def _post(call: Call, chosen: list[Processor]) -> None:
     update = Update(flush_translations=FlushTranslations())
     if chosen == [call.processor]:
-        call.processor.post(update, vtl=call.vtl)
+        call.processor.post_once(update, vtl=call.vtl)
         return
     with call.board.gate.none_inside():
         for processor in chosen:

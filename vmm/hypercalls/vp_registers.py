@@ -31,14 +31,13 @@ from vtlab.hyperv.vsm import (
     capabilities,
     code_page_offsets,
 )
-from vtlab.v1.vcpu_pb2 import PendingEvent, Update
+from vtlab.v1.vcpu_pb2 import ExecuteControl, PendingEvent, Update
 
 # What a row of the table, or of the architectural registers, can refuse with.
 GET_FAILS = (
     HvStatus.ACCESS_DENIED,
     HvStatus.INVALID_PARAMETER,
     HvStatus.INVALID_VTL_STATE,
-    HvStatus.INVALID_VP_STATE,
 )
 SET_FAILS = (*GET_FAILS, HvStatus.INVALID_REGISTER_VALUE)
 _DENIED = HvStatus.ACCESS_DENIED
@@ -152,8 +151,13 @@ def _write_secure_config(scope: Scope, value: int) -> HvStatus:
         return _BAD_VALUE
     if partition and not mbec and scope.call.profile.vp_without_mbec:
         return scope.call.profile.vp_without_mbec
-    scope.processor.vtl.secure_config = value
-    scope.call.board.gate.changed()
+    levels, board = scope.processor.vtl, scope.call.board
+    if board.guest_code and (value ^ levels.secure_config) & SecureConfig.MBEC:
+        control = Update(execute_control=ExecuteControl(kernel_right_alone=not mbec))
+        with board.gate.none_inside():
+            scope.processor.post(control)
+    levels.secure_config = value
+    board.gate.changed()
     return HvStatus.SUCCESS
 
 

@@ -22,7 +22,7 @@ from vtlab.hyperv.layouts import (
 from vtlab.hyperv.status import HvStatus
 from vtlab.hyperv.vsm import EnablePartitionVtlFlags
 from vtlab.v1 import vcpu_pb2
-from vtlab.v1.vcpu_pb2 import Exit, StartProcessor, Startup, Update
+from vtlab.v1.vcpu_pb2 import ExecuteControl, Exit, StartProcessor, Startup, Update
 
 ENABLE_VP_VTL_SIZE = VP_HEADER_SIZE + INITIAL_VP_CONTEXT_SIZE
 APIC_ID_HEADER_SIZE = 16
@@ -39,6 +39,8 @@ def enable_partition_vtl(call: Call) -> Reply:
     levels.enabled |= 1 << VTL1
     if request.flags & EnablePartitionVtlFlags.MBEC:
         levels.mbec |= 1 << VTL1
+        if call.board.guest_code:  # off on every VP until VTL1 turns it on; a policy has it on
+            call.board.post_all(Update(execute_control=ExecuteControl(kernel_right_alone=True)))
     if call.board.guest_code:
         for processor in call.board.processors:
             apply_intercepts(processor)

@@ -79,6 +79,7 @@ class Context:
         self.repeat = False
         self.asleep = False
         self.window: Runs | None = None
+        self.kernel_right_alone = False
         self.local_apic.is_parked = self._is_parked
 
     def _is_parked(self) -> bool:

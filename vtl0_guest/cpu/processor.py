@@ -81,6 +81,7 @@ class Processor:
         self._retried: tuple[int, int] | None = None
         self._nested_generation = -1
         self._window: startup_window.Runs | None = None
+        self._split = False
         self._running = False
         self._seat = core.turns.seat(self)
         self._turn_over = False
@@ -522,13 +523,18 @@ class Processor:
             self._context.show_smram()
         self._core.coherence.run(self._context.vp_index)
         nested, window = self._core.nested, self._context.window
-        if nested.generation != self._nested_generation or window is not self._window:
-            self._nested_generation, self._window = nested.generation, window
+        split = nested.split and not self._context.kernel_right_alone
+        if nested.generation != self._nested_generation or window is not self._window or split is not self._split:
+            self._nested_generation, self._window, self._split = nested.generation, window, split
             if window is None:
-                self._engine.set_roots(nested.root(False), nested.root(nested.split))
+                self._engine.set_roots(nested.root(False), nested.root(split))
             else:
                 self._engine.set_roots(*startup_window.roots(nested, self._context.vp_index, window))
             self._engine.flush_translations()
+
+    def _by_user_right(self) -> bool:
+        """Whether UMX governs what runs now."""
+        return self._environment.cpl == 3 and not self._context.kernel_right_alone
 
     # ------------------------------------------------------------------------------------------- stop reasons
 
@@ -725,7 +731,7 @@ class Processor:
             inside = startup_window.contains(self._context.window, engine.fault_address >> 12)
             if not inside or self._environment.cpl == 3:
                 return startup.fetch_outside(self._context, engine.fault_address)
-        if self._core.coherence.allow(engine.fault_address >> 12, access, self._environment.cpl == 3):
+        if self._core.coherence.allow(engine.fault_address >> 12, access, self._by_user_right()):
             return None
         raise NestedFault(engine.fault_address, access)
 

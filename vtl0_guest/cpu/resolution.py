@@ -62,6 +62,7 @@ class Resolver:
             "invalidate_code": lambda update: core.invalidate_code(update.invalidate_code.gfns),
             "hypercall_page": lambda update: core.set_hypercall_page(update.hypercall_page),
             "startup_window": self._open_window,
+            "execute_control": self._control_execution,
             "flush_translations": lambda _update: context.engine.flush_translations(),
             **synthetic.CHECKS,
         }
@@ -80,6 +81,9 @@ class Resolver:
         context.set_filter(Intercepts(wanted))
         context.engine.intercept(ExitCode.INVLPG, wanted.invlpg)
         context.local_apic.holds_startups = wanted.startups
+
+    def _control_execution(self, update: vcpu_pb2.Update) -> None:
+        self._context.kernel_right_alone = update.execute_control.kernel_right_alone
 
     def _open_window(self, update: vcpu_pb2.Update) -> None:
         runs = startup_window.checked(list(update.startup_window.runs), self._core.nested.ram_pages)

@@ -909,6 +909,7 @@ class Update(_message.Message):
     FLUSH_TRANSLATIONS_FIELD_NUMBER: _builtins.int
     STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
     INTERRUPT_NOTICE_FIELD_NUMBER: _builtins.int
+    EXECUTE_CONTROL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -941,6 +942,8 @@ class Update(_message.Message):
     def startup_window(self) -> Global___StartupWindow: ...
     @_builtins.property
     def interrupt_notice(self) -> Global___InterruptNotice: ...
+    @_builtins.property
+    def execute_control(self) -> Global___ExecuteControl: ...
     def __init__(
         self,
         *,
@@ -960,16 +963,39 @@ class Update(_message.Message):
         flush_translations: Global___FlushTranslations | None = ...,
         startup_window: Global___StartupWindow | None = ...,
         interrupt_notice: Global___InterruptNotice | None = ...,
+        execute_control: Global___ExecuteControl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window", "interrupt_notice"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window", "interrupt_notice", "execute_control"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
+
+@_typing.final
+class ExecuteControl(_message.Message):
+    """Mode-based execute control of one vCPU (TLFS, "Mode Based Execution Control"). It is on until an update turns it off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KERNEL_RIGHT_ALONE_FIELD_NUMBER: _builtins.int
+    kernel_right_alone: _builtins.bool
+    """KMX governs fetches at every CPL, UMX none."""
+    def __init__(
+        self,
+        *,
+        kernel_right_alone: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernel_right_alone", b"kernel_right_alone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecuteControl: _TypeAlias = ExecuteControl  # noqa: Y015
 
 @_typing.final
 class InterruptNotice(_message.Message):

@@ -7,8 +7,23 @@ import struct
 from vtlab.hyperv.hypercalls import VP_SELF
 from vtlab.hyperv.messages import InterceptType
 from vtlab.hyperv.registers import HvRegister as N
+from vtlab.x86.registers import Msr
 from vtlab_conformance import code
-from vtlab_conformance.calls import VTL1_TARGET, By, C, S, call, get, protect, put, row, run
+from vtlab_conformance.calls import (
+    VTL0_TARGET,
+    VTL1_TARGET,
+    By,
+    C,
+    S,
+    call,
+    get,
+    protect,
+    put,
+    read_msr,
+    row,
+    run,
+    write_msr,
+)
 from vtlab_conformance.layout import MESSAGE, MESSAGE_COUNT, STATUS, Answer, counter, page, report
 from vtlab_conformance.rows.protection import CONFIG, ENABLED, R, bring_up
 from vtlab_conformance.rows.vtl0_services import enable_vp, ipi, start, taken
@@ -25,6 +40,8 @@ _DENY = 1 << 6
 _MILLISECOND = 10_000
 _FLAG, _DONE = page(60), page(60) + 8
 _SEALED = page(61)
+_LSTAR = 0x0008_0009
+_OLD, _NEW = 0x1000, 0xFFFF_8000_0000_5000
 
 
 def entered(times: int, by: int = 0, vp: int = 1) -> See:
@@ -87,6 +104,32 @@ def together(by: By) -> list[Row]:
             "TLFS",
             get(N.VSM_VP_STATUS, 3 << 16, vp=1),
             get(N.VSM_VP_STATUS, 1 | 3 << 16, vp=1, vtl=1),
+        ),
+        row(
+            "4.set.other-runs",
+            _REGISTERS,
+            "VTL1: LSTAR of VTL0 of another VP, which runs: it finds the new value",
+            "openvmm; TLFS",
+            write_msr(Msr.LSTAR, _OLD, vp=1),
+            put(_LSTAR, _NEW, one_set, vp_index=1, target=VTL0_TARGET, vtl=1),
+            read_msr(Msr.LSTAR, _OLD if one_set else _NEW, vp=1),
+        ),
+        row(
+            "4.get.other-runs",
+            _REGISTERS,
+            "VTL1: LSTAR of VTL0 of another VP, which has written it",
+            "openvmm; TLFS",
+            write_msr(Msr.LSTAR, _OLD, vp=1),
+            get(_LSTAR, None if one else _OLD, one, vp_index=1, target=VTL0_TARGET, vtl=1),
+        ),
+        row(
+            "4.set.other-own",
+            _REGISTERS,
+            "VTL1: LSTAR of VTL1 of another VP, where a level may name its own",
+            "KUT",
+            put(_LSTAR, _NEW, one_set, vp_index=1, target=VTL1_TARGET, vtl=1),
+            get(_LSTAR, None if one else _NEW, one, vp_index=1, target=VTL1_TARGET, vtl=1),
+            [] if one_set else read_msr(Msr.LSTAR, _NEW, vtl=1, vp=1),
         ),
         row(
             "4.get.other-vina",

@@ -169,12 +169,16 @@ def _list_of_two(by: By) -> Row:
     )
 
 
+_OWN_VALUE, _OTHER_VALUE = 0x4000, 0xFFFF_8000_0000_4000
+
+
 def _access(by: By) -> list[Row]:
     own = by(S.SUCCESS, S.ACCESS_DENIED, S.SUCCESS)
     other = by(S.INVALID_PARTITION_ID, S.ACCESS_DENIED, S.INVALID_PARTITION_ID)
     state = by(S.INVALID_VTL_STATE, S.ACCESS_DENIED, S.INVALID_VTL_STATE)
-    busy = by(S.INVALID_VP_STATE, S.ACCESS_DENIED, S.INVALID_VP_STATE)
-    busy_set = by(S.INVALID_VP_STATE, S.INVALID_VP_INDEX, S.INVALID_VP_STATE)
+    other_get = by(S.SUCCESS, S.ACCESS_DENIED, S.SUCCESS)
+    other_set = by(S.SUCCESS, S.INVALID_VP_INDEX, S.SUCCESS)
+    written = by(_OTHER_VALUE, None, _OTHER_VALUE)
     state_set = by(S.INVALID_VTL_STATE, S.INVALID_VP_INDEX, S.INVALID_VTL_STATE)
     return [
         row(
@@ -236,16 +240,26 @@ def _access(by: By) -> list[Row]:
         row(
             "4.get.other-registers",
             _REGISTERS,
-            "architectural registers of another VP, which is not stopped for that",
+            "LSTAR of another VP",
             "openvmm; TLFS",
-            get(LSTAR, status=busy, vp_index=1, target=VTL0_TARGET, vtl=1),
+            get(LSTAR, status=other_get, vp_index=1, target=VTL0_TARGET, vtl=1),
         ),
         row(
             "4.set.other-registers",
             _REGISTERS,
-            "architectural registers of another VP, which is not stopped for that",
+            "LSTAR of another VP is written, and read back; that of the own VP is as it was",
             "openvmm; TLFS",
-            put(LSTAR, 0, busy_set, vp_index=1, target=VTL0_TARGET, vtl=1),
+            put(LSTAR, _OWN_VALUE, target=VTL0_TARGET, vtl=1),
+            put(LSTAR, _OTHER_VALUE, other_set, vp_index=1, target=VTL0_TARGET, vtl=1),
+            get(LSTAR, written, other_get, vp_index=1, target=VTL0_TARGET, vtl=1),
+            get(LSTAR, _OWN_VALUE, target=VTL0_TARGET, vtl=1),
+        ),
+        row(
+            "4.set.other-canonical",
+            _REGISTERS,
+            "LSTAR of another VP: not canonical",
+            "openvmm; TLFS",
+            put(LSTAR, _NOT_CANONICAL, by(_BAD, S.INVALID_VP_INDEX, _BAD), vp_index=1, target=VTL0_TARGET, vtl=1),
         ),
         row(
             "4.install.port",

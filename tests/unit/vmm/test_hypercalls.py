@@ -37,9 +37,9 @@ from vtlab.hyperv.registers import HvRegister
 from vtlab.hyperv.status import HvStatus as S
 from vtlab.hyperv.vsm import VTL_CALL_OFFSET, VTL_RETURN_OFFSET
 from vtlab.ram import PAGE_SIZE
-from vtlab.v1 import vcpu_pb2
-from vtlab.v1.registers_pb2 import MsrValue, RegisterName
-from vtlab.v1.vcpu_pb2 import Exit, Hypercall, PageAccess, ProtectionUpdate
+from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.v1.registers_pb2 import MsrValue, RegisterName, RegisterValue
+from vtlab.v1.vcpu_pb2 import Exit, Hypercall, PageAccess, ProtectionUpdate, Update
 
 INPUT, OUTPUT = 0x10000, 0x20000
 C = HypercallCode
@@ -490,3 +490,29 @@ def test_fast_calls_end_with_xmm5(board: Board, count: int) -> None:
     exit_ = Exit(hypercall=Hypercall(xmm=names.ljust(96, b"\0")))
     result = HYPERCALLS.serve(board, board.processors[0], 0, exit_, Request(value, low, high, 0, True))
     assert result == (4 << 32 if count == 4 else S.INVALID_HYPERCALL_INPUT)
+
+
+def test_what_a_level_repeats_for_another_one_waits_once(enabled: Board) -> None:
+    """Flushes, interrupts and registers that nobody takes meanwhile do not pile up."""
+    processor = enabled.processors[0]
+    flush = struct.pack("<QQQ", 0, 1, 0)
+    interrupt = struct.pack("<IBBHQ", 0x40, 0, 0, 0, 1)
+    for _ in range(50):
+        assert call(enabled, simple(C.FLUSH_VIRTUAL_ADDRESS_SPACE), flush) == (S.SUCCESS, 0)
+        assert call(enabled, simple(C.SEND_SYNTHETIC_CLUSTER_IPI), interrupt) == (S.SUCCESS, 0)
+    kinds = [update.WhichOneof("change") for update in processor.waiting_for(0)]
+    assert (kinds.count("flush_translations"), kinds.count("apic_interrupt")) == (1, 1)
+
+
+def test_the_last_value_of_a_register_is_the_one_that_waits(enabled: Board) -> None:
+    processor = enabled.processors[0]
+    names = (registers_pb2.REGISTER_NAME_RAX, registers_pb2.REGISTER_NAME_RCX)
+    registers = [Update(register=RegisterValue(name=name, value=value)) for value in (1, 2) for name in names]
+    for update in registers:
+        processor.post_latest(update)
+    assert processor.waiting_for(0)[-2:] == registers[2:]
+    before = processor.waiting
+    event = Update(event=vcpu_pb2.PendingEvent(nmi=True))
+    processor.post(event)
+    processor.post_latest(registers[0])
+    assert processor.waiting == before + 2, "an event in between sees the value that was before it"
