@@ -20,12 +20,12 @@ from vmm.devices.bus import PortBus
 from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hypercalls import HYPERCALLS
-from vmm.hypercalls.abi import Request
 from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.memory import Memory
 from vmm.processor import Processor
 from vmm.vtl import PartitionVtl, VpVtl
 from vtlab.errors import VtlabError
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import ANY_VP, PARTITION_SELF, VP_SELF, HypercallCode, encode_input_value
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.hyperv.registers import HvRegister

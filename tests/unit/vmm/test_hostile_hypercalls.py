@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.fuzz import hypercalls
 from tests.fuzz.hypercalls import INPUT, OUTPUT, VPS, HypercallTarget
-from vmm.hypercalls.abi import Request
+from vtlab.hyperv.convention import Request
 from vtlab.hyperv.hypercalls import HypercallCode, encode_input_value
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.v1 import vcpu_pb2
