@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
-from vtlab.process import spare_collections, termination
+from vtlab.process import spare_collections, termination, without_core_dumps
 from vtlab.status import from_rpc_error
 from vtlab.trust.certificates import load_credentials, own_part, server_name
 from vtlab.trust.interceptor import Gate
@@ -162,6 +162,7 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
         BadArgument: an address is malformed, taken, or not on loopback.
         PeerUnavailable: no credentials in the trust folder.
     """
+    without_core_dumps()
     for address in config.listen:
         check_address(address, config.allow_any_address)
     role = Role(config.role)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -80,6 +81,11 @@ def switch_threads_soon() -> None:
     Python's 5 ms would be the delay of every timer while the processors spin.
     """
     sys.setswitchinterval(0.0002)
+
+
+def without_core_dumps() -> None:
+    """No crash of this process leaves its memory in a file: keys are in it, and pages of VTL1 may be mapped."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def termination() -> threading.Event:
