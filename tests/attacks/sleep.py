@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from vtlab.client.driver import READY, Driver
+from vtlab.client.driver import COMMAND_PORT, READY, Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
-from vtlab.x86.registers import Cr4
+from vtlab.errors import TimedOut
+from vtlab.x86.registers import Cr0, Cr4
 from vtlab_attacks.control_registers import forge_tables
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, observe
 from vtlab_attacks.guest import BOOT_TIMEOUT, Guest
@@ -48,19 +50,43 @@ SEAN_S3 = "Heki thread (Christopherson 2024): suspend and resume need more than 
 
 # What the kernel's policy becomes, where its own code wakes.
 VERIFY = ("upgrade: signed}", "upgrade: signed, s3: verify, waking: waking code}")
-AWAKE = re.compile(rf"selfguard: awake, (by the waking vector|where it fell asleep)|{READY}")
+BY_VECTOR, BEHIND = "by the waking vector", "where it fell asleep"
+AWAKE = re.compile(rf"selfguard: awake, ({BY_VECTOR}|{BEHIND})|{READY}")
+LOOK = 5.0  # seconds until a guest that says nothing is looked at
+LOST = 2  # looks in a row that find it in real mode, where it has a few instructions to run
+
+
+def to_ram(machine: Machine) -> str:
+    """Has the guest fall asleep; what its kernel says once it is awake, or once it starts again.
+
+    Raises:
+        TimedOut: it is lost: it came out of sleep and stays in real mode, or never came.
+    """
+    log, answers = machine.serial_reader(0, from_now=True), machine.serial_reader(COMMAND_PORT, from_now=True)
+    say(machine, f"sleep {TO_RAM} 0")
+    lost = 0
+    for left in reversed(range(int(BOOT_TIMEOUT / LOOK))):
+        try:
+            said = log.read_until(AWAKE, LOOK)
+        except TimedOut:
+            lost = 0 if register(machine, "cr0") & Cr0.PE else lost + 1
+            if lost == LOST or not left:
+                raise
+        else:
+            if "selfguard: awake" in said:
+                answers.read_line(BOOT_TIMEOUT)
+            return said
+    raise AssertionError
 
 
 def suspend(machine: Machine, attempts: Attempts) -> None:
     """To RAM and back by the clock's alarm, or the machine is reset and its kernel starts again."""
     generation = machine.info().generation
-    log = machine.serial_reader(0, from_now=True)
-    say(machine, f"sleep {TO_RAM} 0")
-    said = log.read_until(AWAKE, BOOT_TIMEOUT)
+    said = to_ram(machine)
     after = machine.info()
     if after.generation != generation:
         attempts.note(after.reason)
-    elif "where it fell asleep" in said:
+    elif BEHIND in said:
         attempts.note("the guest went on where it fell asleep")
 
 
@@ -71,15 +97,15 @@ def verify(machine: Machine, driver: Driver, symbols: Symbols, version: int) -> 
 
 
 def s3(guest: Guest) -> tuple[Guest, Evidence]:
-    return _slept(guest, way=int(guest.machine.info().vtl1_enabled))
+    return _slept(guest, BEHIND if guest.machine.info().vtl1_enabled else BY_VECTOR)
 
 
 def s3_verified(guest: Guest) -> tuple[Guest, Evidence]:
     verify(guest.machine, guest.driver, guest.symbols, 1)
-    return _slept(guest, way=0)
+    return _slept(guest, BY_VECTOR)
 
 
-def _slept(guest: Guest, way: int) -> tuple[Guest, Evidence]:
+def _slept(guest: Guest, way: str) -> tuple[Guest, Evidence]:
     """Complete if it woke in that way, with what it held before."""
     machine = guest.machine
 
@@ -88,12 +114,13 @@ def _slept(guest: Guest, way: int) -> tuple[Guest, Evidence]:
         return machine.info().generation, registers.cr0, registers.cr3, registers.cr4, registers.efer
 
     before, ticks = held(), guest.driver.ticks()
-    woke = guest.driver.sleep(TO_RAM, 0)
-    guest.driver.sleep(0, 1)  # interrupts come again
+    said = to_ram(machine)
+    following = replace(guest, driver=Driver(machine))  # whose answers begin here
+    following.driver.sleep(0, 1)  # interrupts come again
     after = held()
-    reached = woke == way and after == before and guest.driver.ticks() > ticks
+    reached = way in said and after == before and following.driver.ticks() > ticks
     shown = [" ".join(map(hex, one)) for one in (before, after)]
-    return guest, Evidence("generation, CR0, CR3, CR4, EFER", *shown, reached, False)
+    return following, Evidence("generation, CR0, CR3, CR4, EFER", *shown, reached, False)
 
 
 def change_vector(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
