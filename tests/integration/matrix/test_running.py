@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from tests.waiting import wait_until
-from vmm.launcher import launch
+from vmm.launcher import LocalLab, launch
+from vmm.supervisor import Budget
 from vtlab.client import Lab
 from vtlab.errors import TimedOut
+from vtlab.trust.roles import Role
 from vtlab_matrix.cells import Cell, Verdict
 from vtlab_matrix.laboratory import Laboratory, Task
 from vtlab_matrix.outcome import Outcome
@@ -116,10 +119,10 @@ def test_a_laboratory_that_breaks_costs_its_cells_alone(how: Any, told: str) -> 
 
 
 def test_a_broken_laboratory_is_replaced() -> None:
-    with Laboratory(launch, 0) as laboratory:
+    with Laboratory(partial(launch, budget=Budget(deaths=1)), 0) as laboratory:
         assert laboratory.run(TASKS[-1]).verdict is Verdict.BLOCKED
-        assert laboratory.lab is not None
-        guest = laboratory.lab.processes["guest"].process
+        assert isinstance(laboratory.lab, LocalLab)
+        guest = laboratory.lab.supervisor.processes[Role.GUEST].process
         guest.kill()
         guest.join()
         broken = laboratory.run(TASKS[-1])
