@@ -51,13 +51,17 @@ class Report:
     def good(self) -> bool:
         return self.findings.good and len(self.findings.resets) <= self.guest_kills
 
+    def figures(self) -> dict[str, int | float]:
+        """What the last line of a run says, by name; the recovery in seconds."""
+        found = self.findings
+        counts = {"faults": self.faults, "guest kills": self.guest_kills, "resets": len(found.resets)}
+        counts |= {"lost": found.lost, "doubled": found.doubled, "windows": found.windows}
+        return {**counts, "recovery p95": round(self.p95, 2)}
+
     def line(self) -> str:
         """The last line of a run."""
-        found = self.findings
-        return (
-            f"chaos: faults {self.faults}, guest kills {self.guest_kills}, resets {len(found.resets)}, "
-            f"lost {found.lost}, doubled {found.doubled}, windows {found.windows}, recovery p95 {self.p95:.2f} s"
-        )
+        *counts, (last, seconds) = self.figures().items()
+        return f"chaos: {', '.join(f'{name} {count}' for name, count in counts)}, {last} {seconds:.2f} s"
 
 
 class Chaos:

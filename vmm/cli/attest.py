@@ -19,6 +19,7 @@ def quote(
     nonce: Annotated[str, _NONCE],
     vm: Annotated[str, typer.Argument(metavar="[MACHINE]", help="Not needed if there is only one.")] = "",
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where to; standard output without.")] = "",
+    as_json: options.Json = False,
     vmm: options.Vmm = "",
     monitor: options.Monitor = "",
     trust: options.Trust = "",
@@ -26,11 +27,13 @@ def quote(
     """Have the monitor sign what it holds: policy, lock, measurements, counters."""
     wanted = _nonce(nonce)
     with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
-        data = lab.policy.quote(machine, wanted).SerializeToString()
+        signed = lab.policy.quote(machine, wanted)
     if out:
-        Path(out).write_bytes(data)
-    else:
-        sys.stdout.buffer.write(data)
+        Path(out).write_bytes(signed.SerializeToString())
+    if as_json:
+        print_json(as_dict(signed))
+    elif not out:
+        sys.stdout.buffer.write(signed.SerializeToString())
 
 
 def verify(
