@@ -20,7 +20,7 @@ SMRAM, ENTRY, SAVE_AREA = 0xA0000, 0x8000, 0xFE00
 NOTHING, POKE, ARM, STORM = 1, 2, 3, 256
 EFER, SMBASE, CR4, CR0 = 0xD0, 0x100, 0x148, 0x158
 BACK = re.compile(rf"selfguard: back from SMI|{READY}")
-REFUSED = re.compile(r"error errno=\d+\s*\n")
+REFUSED = re.compile(r"(error errno=\d+|fault vector=[^\n]*)\s*\n")
 CONFIG_ADDRESS, CONFIG_DATA, SMRAM_REGISTER, OPEN_ENABLED = 0xCF8, 0xCFC, 0x8000009C, 0x48
 
 BLACK_HAT = "Wojtczuk, Rutkowska 2009, Attacking SMM memory; Kallenberg et al. 2013"
@@ -31,7 +31,7 @@ SEAN_SMM = "Heki thread (Christopherson 2023): SMM entry and RSM change control 
 def run_smi(machine: Machine, attempts: Attempts, command: int, value: int = 0, address: int = 0) -> None:
     """Has the guest ask for an SMI; it comes back, or the machine is reset and its kernel starts again.
 
-    A kernel that was started by kexec has no handler in SMRAM, and says no.
+    A kernel that was started by kexec has no handler in SMRAM, and says no; one that a guard stops on the way faults.
     """
     generation = machine.info().generation
     log = machine.serial_reader(0, from_now=True)
