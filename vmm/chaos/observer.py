@@ -83,6 +83,8 @@ class Observer:
         lab.policy.set(self.machine, guest.POLICY)
         self._generation = 1
         self._boots = 0
+        # Of one boot after the other: what was read is not searched again.
+        self._boot_log = self.machine.serial_reader(0)
         self._known: list[Status] = []
         self._logged = [0, 0]
         self.machine.start()
@@ -94,8 +96,7 @@ class Observer:
     def _begin(self) -> None:
         """The guest boots, and is guarded before it attempts anything."""
         self._boots += 1
-        booted = re.compile(f"(?s)(.*{guest.READY}\n){{{self._boots}}}")
-        self.machine.wait_serial(booted, timeout=PATIENCE)
+        self._boot_log.read_until(f"{guest.READY}\n", PATIENCE)
         self._on_ready()
         self._guard()
         self.machine.write_memory(guest.GO, b"\x01")
