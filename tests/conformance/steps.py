@@ -6,6 +6,7 @@ A record is op u8, flags u8, vtl u8, vp u8, size u32 (all of it, a multiple of 8
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -17,7 +18,7 @@ _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(ABC):
     """Attributes:
     vtl, vp: where it is done.
     together: False: nobody waits for it, on another vCPU.
@@ -28,14 +29,14 @@ class Step:
     together: bool = True
 
     @property
-    def op(self) -> Op:
-        raise NotImplementedError
+    @abstractmethod
+    def op(self) -> Op: ...
 
     def flags(self) -> Flag:
         return Flag(0)
 
-    def payload(self) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def payload(self) -> bytes: ...
 
     def encode(self) -> bytes:
         flags = self.flags() | (Flag(0) if self.together else Flag.ASYNC)

@@ -2,6 +2,7 @@
  *
  * Guarded, VTL1 checks the image, seals it, and does the rest by itself; this kernel only asks. Unguarded, this kernel copies the
  * image over itself and jumps, and nobody checks what it jumps to. */
+#include "elf.h"
 #include "kernel.h"
 #include "services.h"
 
@@ -15,18 +16,6 @@ struct image_header {
     u8 magic[16];
     u32 version, entry, line_size, reserved;
     char command_line[];
-};
-struct elf_header {
-    u8 identification[16];
-    u16 type, machine;
-    u32 version;
-    u64 entry, program_headers, section_headers;
-    u32 flags;
-    u16 header_size, program_header_size, program_header_count;
-} __attribute__((packed));
-struct program_header {
-    u32 type, flags;
-    u64 offset, virtual_address, physical_address, file_size, memory_size, alignment;
 };
 struct multiboot_info {
     u32 flags, memory_lower, memory_upper, boot_device, command_line, module_count, modules;

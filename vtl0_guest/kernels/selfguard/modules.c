@@ -3,24 +3,11 @@
  * A module is an ELF64 with one loadable segment of position-independent code. It is written through the direct map; the area
  * itself has no mapping until the code may run. Guarded, VTL1 checks the signature at the file's end, compares what was loaded,
  * and lets the pages be executed; only then does it accept an executable mapping of them. */
+#include "elf.h"
 #include "kernel.h"
 #include "services.h"
 
 #define MAX_MODULES 12
-
-struct elf_header {
-    u8 identification[16];
-    u16 type, machine;
-    u32 version;
-    u64 entry, program_headers, section_headers;
-    u32 flags;
-    u16 header_size, program_header_size, program_header_count;
-} __attribute__((packed));
-
-struct program_header {
-    u32 type, flags;
-    u64 offset, virtual_address, physical_address, file_size, memory_size, alignment;
-};
 
 static struct {
     u64 start, size;
