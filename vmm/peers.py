@@ -174,8 +174,9 @@ class RemoteLevel:
         """Makes that enter exit soon. False if it had exited already, or if the level cannot be reached."""
         try:
             request = vcpu_pb2.KickRequest(vp_index=vp_index, sequence=sequence)
-            return self._stub.Kick(request, timeout=CALL_TIMEOUT).running
-        except grpc.RpcError:
+            with translated(self.name):
+                return self._stub.Kick(request, timeout=CALL_TIMEOUT).running
+        except VtlabError:
             return False  # who waits for the exit learns from the stream that the level is gone
 
     def enter(self, enter: Enter) -> Exit:
@@ -208,7 +209,8 @@ class RemoteLevel:
 
         request: bytes | None = framed(enter.SerializeToString())
         while request is not None:
-            stream = DrivenStream(self._run, request, following)
+            with translated(self.name):
+                stream = DrivenStream(self._run, request, following)
             with self._lock:
                 self._driven[vp_index] = stream
                 repeated = self._streams.pop(vp_index, None)
@@ -242,7 +244,8 @@ class RemoteLevel:
     def listen(self, interrupted: Callable[[int, int], None]) -> None:
         """See Level.listen; ends when the level is detached or closed."""
         self._stop_listening()
-        call = self._stub.Events(vcpu_pb2.EventsRequest())
+        with translated(self.name):
+            call = self._stub.Events(vcpu_pb2.EventsRequest())
         self._listening = call.cancel
 
         def follow() -> None:
@@ -275,7 +278,8 @@ class RemoteLevel:
         self.hang_up()
 
     def _open(self, vp_index: int) -> _Stream:
-        stream = _Stream(self._run)
+        with translated(self.name):
+            stream = _Stream(self._run)
         with self._lock:
             self._streams[vp_index] = stream
         return stream

@@ -112,6 +112,9 @@ _CAUSES = {
     "Stream removed": "went away in the middle of a call",
 }
 
+# How gRPC's words begin where a call is made on a closed channel.
+_CLOSED = "Cannot invoke RPC"
+
 # Causes that say that the server never saw the call.
 _NOT_SENT = frozenset({"no such socket", "connection refused"})
 
@@ -141,11 +144,19 @@ def _error_info(call: grpc.Call) -> error_details_pb2.ErrorInfo | None:
 
 @contextmanager
 def translated(peer: str) -> Iterator[None]:
-    """Calls made inside raise VtlabError instead of grpc.RpcError."""
+    """Calls made inside raise VtlabError instead of grpc.RpcError; Cancelled if the channel is closed by its owner.
+
+    A call that begins on a closed channel is no RpcError but a ValueError, which threads must be ready for: the owner
+    may close it at any instant.
+    """
     try:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, peer) from None
+    except ValueError as error:
+        if not str(error).startswith(_CLOSED):
+            raise
+        raise errors.Cancelled(peer, "the channel to it was closed") from None
 
 
 def abort(context: grpc.ServicerContext, error: errors.VtlabError) -> NoReturn:

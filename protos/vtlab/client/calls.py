@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import grpc
 import tenacity
 
-from vtlab.errors import Cancelled, PeerUnavailable
-from vtlab.status import from_rpc_error, never_sent
+from vtlab.errors import Cancelled, PeerUnavailable, VtlabError
+from vtlab.status import never_sent, translated
 
 DEADLINE = 30.0  # seconds; every unary call of the contract answers far sooner or is lost
 RESTART_BUDGET = 15.0  # seconds that a server may be away
@@ -46,10 +45,8 @@ def call(peer: str, method: Callable[..., Answer], request: Any, deadline: float
 
 
 def _once(peer: str, method: Callable[..., Answer], request: Any, deadline: float) -> Answer:
-    try:
+    with translated(peer):
         return method(request, timeout=deadline)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, peer) from None
 
 
 def repeated(peer: str, method: Callable[..., Answer], request: Any, deadline: float = DEADLINE) -> Answer:
@@ -69,13 +66,12 @@ def _when_back(act: Callable[[], Answer], again: Callable[[BaseException], bool]
 
 def stream(peer: str, method: Callable[..., Stream[Answer]], request: Any) -> Iterator[Answer]:
     """Answers until the server ends, the caller closes the iterator, or an error."""
-    answers = method(request)
-    try:
-        yield from answers
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, peer) from None
-    finally:
-        answers.cancel()
+    with translated(peer):
+        answers = method(request)
+        try:
+            yield from answers
+        finally:
+            answers.cancel()
 
 
 class BackgroundStream:
@@ -93,34 +89,45 @@ class BackgroundStream:
         request: makes the request from where the stream is to go on.
         on_end: is told why no more will come, unless that is close().
         """
+        self._peer = peer
         self._begin: Callable[[], Stream[Any]] = lambda: method(request())
-        self._answers = self._begin()
+        with translated(peer):
+            self._answers = self._begin()
         self._closed = threading.Event()
         self._heard = time.monotonic()
-        self._thread = threading.Thread(
-            target=self._read, args=(peer, on_item, on_end), name=f"watch {peer}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._read, args=(on_item, on_end), name=f"watch {peer}", daemon=True)
         self._thread.start()
 
-    def _read(self, peer: str, on_item: Callable[[Any], None], on_end: Callable[[Exception], None]) -> None:
-        while True:
-            try:
+    def _read(self, on_item: Callable[[Any], None], on_end: Callable[[Exception], None]) -> None:
+        failure = self._take(on_item)
+        while isinstance(failure, PeerUnavailable) and time.monotonic() < self._heard + RESTART_BUDGET:
+            if self._closed.wait(_PAUSE):
+                return
+            failure = self._again() or self._take(on_item)
+        if not self._closed.is_set():
+            on_end(failure)
+
+    def _take(self, on_item: Callable[[Any], None]) -> VtlabError:
+        """Reads to the end; returns why it came."""
+        try:
+            with translated(self._peer):
                 for answer in self._answers:
                     on_item(answer)
                     self._heard = time.monotonic()
-            except grpc.RpcError as error:
-                failure: Exception = from_rpc_error(error, peer)
-            else:
-                failure = Cancelled(peer, "ended the stream")
-            away = isinstance(failure, PeerUnavailable) and time.monotonic() < self._heard + RESTART_BUDGET
-            if self._closed.wait(_PAUSE if away else 0):
-                return
-            if not away:
-                on_end(failure)
-                return
-            self._answers = self._begin()
-            if self._closed.is_set():  # close() may have cancelled the one before
-                self._answers.cancel()
+        except VtlabError as error:
+            return error
+        return Cancelled(self._peer, "ended the stream")
+
+    def _again(self) -> VtlabError | None:
+        """Begins anew; returns why that cannot be."""
+        try:
+            with translated(self._peer):
+                self._answers = self._begin()
+        except VtlabError as error:
+            return error
+        if self._closed.is_set():  # close() may have cancelled the one before
+            self._answers.cancel()
+        return None
 
     def close(self) -> None:
         """Ends it and waits for its thread, unless it is that thread that closes."""

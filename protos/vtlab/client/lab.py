@@ -59,6 +59,7 @@ class Lab:
         self._channel = dial(addresses.vmm, addresses.trust, role, Role.VMM, timeout)
         self._stub = vmm_pb2_grpc.VmmServiceStub(self._channel)
         self._monitor_channel: grpc.Channel | None = None
+        self._policy: Policy | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,9 +80,10 @@ class Lab:
         address = self.addresses.monitor
         if not address:
             raise PeerUnavailable("monitor", f"its address is not known: set {MONITOR}")
-        if self._monitor_channel is None:
-            self._monitor_channel = dial(address, self.addresses.trust, self._role, Role.MONITOR, self._timeout)
-        return Policy(self._monitor_channel, f"monitor at {address}")
+        if self._policy is None:  # made once: gRPC crashes if a stub is made for a channel that is closed
+            channel = dial(address, self.addresses.trust, self._role, Role.MONITOR, self._timeout)
+            self._monitor_channel, self._policy = channel, Policy(channel, f"monitor at {address}")
+        return self._policy
 
     def upload(self, image: Image) -> bytes:
         """Stores an image in the VMM; returns its SHA-256. Raises BadImage if it arrived changed."""

@@ -17,6 +17,7 @@ from vtlab.errors import (
     AlreadyExists,
     BadArgument,
     BadImage,
+    Cancelled,
     NotFound,
     PeerUnavailable,
     PermissionDenied,
@@ -242,6 +243,15 @@ def test_policy(lab: Lab, machine: Machine) -> None:
     assert lab.policy.check("x").problems[0].line == 3
     assert next(lab.policy.verdicts(machine)).rule == "text"
     assert lab.policy.get(machine).rules == []
+
+
+def test_a_lab_that_was_closed_says_so(lab: Lab) -> None:
+    lab.policy.check("x")
+    lab.close()
+    with pytest.raises(Cancelled, match=r"vmm .* the channel to it was closed"):
+        lab.machines()
+    with pytest.raises(Cancelled, match=r"monitor .* the channel to it was closed"):
+        lab.policy.check("x")
 
 
 def test_an_absent_monitor_is_named(vmm_server: BoundServer, trust: Path) -> None:

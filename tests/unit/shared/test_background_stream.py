@@ -1,0 +1,122 @@
+"""Streams that go on after a restart, on a channel that their owner closes at the worst instant."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from vtlab.client.calls import BackgroundStream, call, stream
+from vtlab.errors import Cancelled, VtlabError
+from vtlab.status import translated
+from vtlab.v1 import vmm_pb2
+
+PATIENCE = 60.0
+
+
+class Gone(grpc.RpcError):
+    """The server died."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "Socket closed"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+class Broken:
+    """A stream that ends with the death of its server."""
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        yield "an item"
+        raise Gone
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+@pytest.fixture
+def channel() -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel("unix:/nobody/listens/here") as channel:
+        yield channel
+
+
+class Watched:
+    """A BackgroundStream whose first stream breaks, after which `then` happens and a new one is asked for."""
+
+    def __init__(self, channel: grpc.Channel, then: Callable[[Watched], None]) -> None:
+        self.broken = Broken()
+        self.items: list[str] = []
+        self.ends: list[Exception] = []
+        self.ended = threading.Event()
+        self._channel, self._then = channel, then
+        self._made = threading.Event()
+        self.stream = BackgroundStream("vmm", self._begin, dict, self.items.append, self._on_end)
+        self._made.set()
+
+    def _begin(self, _request: object) -> Any:
+        if not self._made.is_set() and not self.items:
+            return self.broken
+        self._made.wait()
+        try:
+            self._then(self)
+            return self._channel.unary_stream("/vtlab.v1.VmmService/WatchEvents")(b"")
+        finally:
+            self.ended.set()
+
+    def _on_end(self, error: Exception) -> None:
+        self.ends.append(error)
+
+
+def test_a_channel_that_is_closed_before_the_new_call_ends_the_stream(channel: grpc.Channel) -> None:
+    watched = Watched(channel, lambda _: channel.close())
+    assert watched.ended.wait(PATIENCE)
+    threads = [thread for thread in threading.enumerate() if thread.name == "watch vmm"]
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert watched.items == ["an item"]
+    assert [type(end) for end in watched.ends] == [Cancelled]
+    assert str(watched.ends[0]) == "vmm: the channel to it was closed"
+
+
+def test_who_closes_the_stream_and_then_the_channel_is_told_nothing(channel: grpc.Channel) -> None:
+    closers: list[threading.Thread] = []
+
+    def close_both(watched: Watched) -> None:
+        closers.append(threading.Thread(target=watched.stream.close))
+        closers[0].start()
+        assert watched.broken.cancelled.wait(PATIENCE)
+        channel.close()
+
+    watched = Watched(channel, close_both)
+    assert watched.ended.wait(PATIENCE)
+    closers[0].join(PATIENCE)
+    watched.stream.close()
+    assert watched.ends == []
+
+
+def test_calls_on_a_closed_channel_are_cancelled(channel: grpc.Channel) -> None:
+    channel.close()
+    request = vmm_pb2.GetMachineRequest().SerializeToString()
+    for attempt in (
+        lambda: call("vmm", channel.unary_unary("/a/b"), request),
+        lambda: list(stream("vmm", channel.unary_stream("/a/b"), request)),
+        lambda: BackgroundStream("vmm", channel.unary_stream("/a/b"), lambda: request, print, print),
+    ):
+        with pytest.raises(Cancelled, match="the channel to it was closed"):
+            attempt()
+
+
+def test_other_values_that_are_wrong_are_no_closed_channel() -> None:
+    with pytest.raises(ValueError, match="anything else") as caught, translated("vmm"):
+        raise ValueError("anything else")
+    assert not isinstance(caught.value, VtlabError)
