@@ -58,7 +58,8 @@ class Watched:
         self.items: list[str] = []
         self.ends: list[Exception] = []
         self.ended = threading.Event()
-        self._channel, self._then = channel, then
+        self._channel: Any = channel
+        self._then = then
         self._made = threading.Event()
         self.stream = BackgroundStream("vmm", self._begin, dict, self.items.append, self._on_end)
         self._made.set()
@@ -107,11 +108,12 @@ def test_who_closes_the_stream_and_then_the_channel_is_told_nothing(channel: grp
 def test_calls_on_a_closed_channel_are_cancelled(channel: grpc.Channel) -> None:
     channel.close()
     request = vmm_pb2.GetMachineRequest().SerializeToString()
-    for attempt in (
+    attempts: tuple[Callable[[], object], ...] = (
         lambda: call("vmm", channel.unary_unary("/a/b"), request),
         lambda: list(stream("vmm", channel.unary_stream("/a/b"), request)),
         lambda: BackgroundStream("vmm", channel.unary_stream("/a/b"), lambda: request, print, print),
-    ):
+    )
+    for attempt in attempts:
         with pytest.raises(Cancelled, match="the channel to it was closed"):
             attempt()
 
