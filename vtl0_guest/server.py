@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -44,20 +45,20 @@ class CoreLevel:
             self._ram = Ram(folder, request.ram_size, _PARTY)
         except (OSError, ValueError) as error:
             raise BadArgument("memory_directory", str(error)) from None
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._ram.close)
             state = request.start if request.HasField("start") else _load(request, folder, self._ram)
             seed = request.seed if request.deterministic else None
             virtual = VirtualClock() if request.deterministic else None
             self._platform = build_platform(request.vp_count, request.ram_size, virtual)
             self._core = Core(self._ram, request.vp_count, _VTL, self._platform, seed=seed)
+            undo.callback(self._core.close)
             if request.personality == vcpu_pb2.PERSONALITY_GUEST_CODE:
                 self._core.share(folder / TURN_FILE)
             if request.HasField("reference"):
                 clock = request.reference
                 self._core.reference.adopt(clock.scale, clock.offset, clock.tsc_hz)
-        except BaseException:
-            self._ram.close()
-            raise
+            undo.pop_all()
         self.processors: Sequence[Processor] = [self._core.processor(index) for index in range(request.vp_count)]
         self.processors[0].load_state(state)
 

@@ -145,7 +145,7 @@ class Engine:
         # The engine keys translated code by its own numbering of host memory.
         pieces = {number: Piece(host, size, place(self._handle, host)) for number, (host, size) in hosts.items()}
         self._code_bases = {number: pieces[number].first for number in self._regions}
-        self._memory = NativeMemory(self.layout.processor, self._handle.value or 0, pieces)
+        self._memory = NativeMemory(self._uc, self.layout.processor, self._handle.value or 0, pieces)
 
     def _add_hook(self, kind: int, function: int, *instruction: int, begin: int = 1, end: int = 0) -> int:
         """Returns the handle, which is the address of Unicorn's `struct hook`."""

@@ -20,6 +20,7 @@ import ctypes
 import mmap
 import struct
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ class _Process:
         self.running = start + _PAGE
         self._records: list[_Record] = []
         self._free: list[_Record] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an engine may be collected, and give its record back, while one is taken
         self._nobody = _Record()
         self._word.value = ctypes.addressof(self._nobody)
         at = _PAGE + 64
@@ -197,11 +198,15 @@ class NativeMemory:
         running: address of the word that must hold it while the engine translates addresses.
     """
 
-    def __init__(self, processor: int, engine: int, pieces: Mapping[int, Piece]) -> None:
-        """Takes addresses of QEMU's CPUState and of Unicorn's structure, and the memory by number of region."""
+    def __init__(self, owner: object, processor: int, engine: int, pieces: Mapping[int, Piece]) -> None:
+        """Takes addresses of QEMU's CPUState and of Unicorn's structure, and the memory by number of region.
+
+        Args:
+            owner: what frees the engine when it goes. A record that named a freed engine would be taken for that of the
+                next one at the same address, and its map is gone.
+        """
         process = _this_process()
-        self._process = process
-        self._record = record = process.take()
+        record = process.take()
         self.record, self.running = ctypes.addressof(record), process.running
         pages = max(piece.first + piece.size for piece in pieces.values()) // _PAGE
         self._map = mmap.mmap(-1, pages)
@@ -211,6 +216,8 @@ class NativeMemory:
         record.code_map = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         record.pages = pages
         record.engine, record.processor = engine, processor
+        # Callbacks run from the newest to the oldest: this one before that which frees the engine.
+        self._release = weakref.finalize(owner, process.give, record)
 
     def holds_code(self, first: int, count: int) -> bool:
         """Code was translated from one of `count` pages from that ram_addr_t on."""
@@ -219,4 +226,4 @@ class NativeMemory:
 
     def close(self) -> None:
         """To be called when the engine runs no more."""
-        self._process.give(self._record)
+        self._release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -177,10 +178,13 @@ def test_two_processors_take_turns(ram: Ram, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def battered(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+def battered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     directory = tmp_path_factory.mktemp("ram")
     create_ram_files(directory, RAM_SIZE)
-    return Guest(Ram(directory, RAM_SIZE, "vtl0"), directory)
+    with Ram(directory, RAM_SIZE, "vtl0") as ram:
+        guest = Guest(ram, directory)
+        yield guest
+        guest.close()
 
 
 _PRIVILEGED_CODES = """
