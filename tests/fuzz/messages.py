@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from tests.fuzz.target import Target, mutated
+from tests.fuzz.making import RAM, Maker
+from tests.fuzz.target import Target
 from tests.unit.vmm.fakes import FakeLevel
 from vmm.journal import Journal
 from vmm.machines import Machines
@@ -32,29 +32,23 @@ from vtlab.errors import VtlabError
 from vtlab.ram import create_ram_files
 from vtlab.v1 import monitor_pb2_grpc, registers_pb2, vcpu_pb2, vmm_pb2, vmm_pb2_grpc
 
-RAM = 2 << 20
 RENEW_AFTER = 1_000
 _ENDS = ("Detach", "DestroyMachine", "Attach")  # rare, since little is left to reach afterwards
-_TEXTS = ["", "vm", "vm", "vm", "other", "native", "kvm", "openvmm", "policy", "../x", "a" * 300, "\u2603"]
-_NUMBERS = [
-    0,
-    0,
-    1,
-    1,
-    2,
-    3,
-    4,
-    63,
-    64,
-    4096,
-    RAM,
-    RAM - 8,
-    1 << 20,
-    0x7FFF_FFFF,
-    (1 << 32) - 1,
-    1 << 40,
-    (1 << 64) - 1,
-]
+# Less often: they wait for threads or write files, and a thousand others fit into that time.
+_LONG = ("ResetMachine", "StopMachine", "Hijack", "UploadImage", "CreateMachine")
+# What leads somewhere, by name of a field.
+_KNOWN: dict[str, list[Any]] = {
+    "vm": ["vm"],
+    "vp_index": [0, 1],
+    "generation": [1],
+    "vp_count": [1, 2],
+    "ram_size": [RAM],
+    "gpa": [0, 4096, RAM - 4096, RAM - 8],
+    "size": [1, 8, 64, 4096],
+    "port": [0, 1, 0x3F8, 0x510, 0xF4],
+    "vsm_profile": ["", "native", "kvm", "openvmm"],
+    "design": ["", "vtl", "none", "heki-v2", "heki-v3", "cr-filter", "mmio-device"],
+}
 # Names of fields that would make a handler wait for what never comes, with the value that does not.
 _AT_ONCE = {"until_now": True}
 _MOST_ANSWERS = 16
@@ -121,7 +115,7 @@ class MessageTarget(Target):
         self._guest: Guest | None = None
         self._monitor: Monitor | None = None
         self._handlers: list[tuple[str, Any, type[Message]]] = []
-        self._seeds: dict[str, list[bytes]] = {}
+        self._makers: dict[str, Maker] = {}
 
     def close(self) -> None:
         for part in (self._machines, self._guest, self._monitor):
@@ -176,7 +170,7 @@ class MessageTarget(Target):
             self._renew()
         self._steps += 1
         name, handler, kind = rng.choice(self._handlers)
-        while name.endswith(_ENDS) and rng.random() < 0.95:
+        while rng.random() < (0.97 if name.endswith(_ENDS) else 0.8 if name.endswith(_LONG) else 0):
             name, handler, kind = rng.choice(self._handlers)
         requests = [self._request(rng, name, kind) for _ in range(rng.choice((1, 1, 2, 5)))]
         parsed = (handler.request_deserializer(request) for request in requests)
@@ -200,14 +194,23 @@ class MessageTarget(Target):
         return f"{name}: answered"
 
     def _request(self, rng: random.Random, name: str, kind: type[Message]) -> bytes:
-        seeds = self._seeds.setdefault(name, [])
-        if len(seeds) < 20 or rng.random() < 0.5:
-            data = _message(rng, kind, 3).SerializeToString()
-            if len(seeds) < 200:
-                seeds.append(data)
-            if rng.random() < 0.7:
-                return data
-        return mutated(rng, seeds, 1 << 14)
+        maker = self._makers.get(name)
+        if maker is None:
+            maker = self._makers[name] = Maker(kind, _KNOWN)
+        if not name.endswith(" Run") or rng.random() < 0.2:
+            return maker.data(rng)
+        request = maker.message(rng)
+        self._number(rng, request.enter, name)
+        return cast(bytes, request.SerializeToString())
+
+    def _number(self, rng: random.Random, enter: vcpu_pb2.Enter, name: str) -> None:
+        """The next enter of a vCPU, or its last one once more."""
+        party = self._guest if name.startswith("guest") else self._monitor
+        assert party is not None
+        with suppress(VtlabError):
+            last = [known.sequence for known in party.reconnect("vm", 1)]
+            enter.vp_index = rng.randrange(len(last))
+            enter.sequence = last[enter.vp_index] + (rng.random() < 0.9)
 
 
 def _request_type(rpc: str) -> type[Message]:
@@ -223,37 +226,3 @@ def _at_once(request: Any) -> Any:
         if name in request.DESCRIPTOR.fields_by_name:
             setattr(request, name, value)
     return request
-
-
-def _message(rng: random.Random, kind: type[Message], depth: int) -> Message:
-    """A message of that type with about half of its fields set."""
-    message = kind()
-    for field in message.DESCRIPTOR.fields:
-        if rng.random() < 0.5:
-            continue
-        for _ in range(rng.choice((1, 2, 5)) if field.is_repeated else 1):
-            with suppress(ValueError, TypeError, AttributeError):
-                _set(rng, message, field, depth)
-    return message
-
-
-def _set(rng: random.Random, message: Any, field: Any, depth: int) -> None:
-    if field.type == FieldDescriptor.TYPE_MESSAGE:
-        if depth and not field.message_type.GetOptions().map_entry:
-            inner = _message(rng, field.message_type._concrete_class, depth - 1)
-            place = getattr(message, field.name)
-            place.add().CopyFrom(inner) if field.is_repeated else place.CopyFrom(inner)
-        return
-    if field.type == FieldDescriptor.TYPE_STRING:
-        value: Any = rng.choice(_TEXTS)
-    elif field.type == FieldDescriptor.TYPE_BYTES:
-        value = rng.randbytes(rng.choice((0, 1, 8, 32, 96, 300)))
-    elif field.type == FieldDescriptor.TYPE_BOOL:
-        value = rng.random() < 0.5
-    else:
-        value = rng.choice(_NUMBERS) if rng.random() < 0.8 else rng.getrandbits(64)
-        value &= (1 << rng.choice((4, 16, 31, 63, 64))) - 1
-    if field.is_repeated:
-        getattr(message, field.name).append(value)
-    else:
-        setattr(message, field.name, value)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tests.fuzz.enters import EnterTarget
+from tests.fuzz.exits import ExitTarget
 from tests.fuzz.files import LoaderTarget, ModuleTarget, PolicyTarget
 from tests.fuzz.hypercalls import HypercallTarget
 from tests.fuzz.messages import MessageTarget
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
+    "enters": EnterTarget,
+    "exits": ExitTarget,
     "hypercalls": HypercallTarget,
     "loaders": LoaderTarget,
     "messages": MessageTarget,
