@@ -1,7 +1,8 @@
 """Log of what happened to a machine: bounded, numbered, for many readers, none of whom can hold it up.
 
-Recording keeps a reference to the message at hand; the Event itself is built when somebody reads it. Each kind has its
-own ring, so that a flood of exits does not push the last state change out.
+Recording keeps a reference to the message at hand; the Event itself is built when somebody reads it, once for all
+readers, as bytes. Each kind has its own ring, so that a flood of exits does not push the last state change out. What
+recording costs does not grow with the number of readers (vmm.event_readers).
 
 Events of lasting kinds outlive the VMM: they are staged, written to the journal in the transaction of what they tell
 of, and shown to readers only then, so that none is told twice or lost. Exits, verdicts and VTL switches are shown at
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from vmm.event_readers import Reader, Readers
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vmm_pb2 import Event, EventKind, EventsLost
 
@@ -58,21 +60,15 @@ LARGE_CAPACITY = 1 << 17
 LARGE_WEIGHT = 128 << 20
 # Seconds after which a waiting reader looks whether its client is still there.
 _LOOK = 1.0
+# Events, and about so many of their bytes, that a reader takes at once.
+BATCH = 256
+_BATCH_BYTES = 1 << 20
 
 
-class _Entry(NamedTuple):
-    sequence: int
-    time_ns: int
-    vp_index: int
-    vtl: int
-    enter_sequence: int
-    detail: Any  # the message, or what _BUILDERS makes it from
-    weight: int
-
-
-# An _Entry as it is recorded (and dropped): making a named tuple of it costs as much as all else, so that waits for a
-# reader.
-_Record = tuple[int, int, int, int, int, Any, int]
+# What is recorded: sequence, time in ns, vp_index, vtl, enter_sequence, detail, weight, and the Event once it was
+# serialized. The detail is the message, or what _BUILDERS makes it from. Anything better than a plain list costs as
+# much as all else.
+_Record = list[Any]
 
 
 class Kept(NamedTuple):
@@ -136,7 +132,7 @@ class EventLog:
         self._numbers = numbers or itertools.count(1)
         self._lock = threading.Lock()
         self._rings = {kind: _Ring(capacity, weight) for kind in _FIELDS}
-        self._waiting: dict[int, set[threading.Event]] = {kind: set() for kind in _FIELDS}
+        self._readers = Readers(f"events-{vm}", self._lock)
         self._closed = False
         if kept is not None:
             self._restore(kept)
@@ -153,7 +149,7 @@ class EventLog:
             if kind in _BUILDERS:
                 detail = (detail.what, detail.code)
             self._rings[kind].append(
-                (
+                [
                     event.sequence,
                     event.time.ToNanoseconds(),
                     event.vp_index,
@@ -161,7 +157,8 @@ class EventLog:
                     event.enter_sequence,
                     detail,
                     event.ByteSize(),
-                )
+                    None,
+                ]
             )
 
     def record(
@@ -189,11 +186,9 @@ class EventLog:
             return
         with self._lock:
             self._rings[kind].append(
-                (next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight)
+                [next(self._numbers), time.time_ns(), vp_index, vtl, enter_sequence, detail, weight, None]
             )
-            if self._waiting[kind]:
-                for waiting in self._waiting[kind]:
-                    waiting.set()
+            self._readers.news(kind)
 
     @property
     def staged(self) -> bool:
@@ -209,16 +204,15 @@ class EventLog:
         """
         with self._lock:
             now = [item for item in self._staged if not only or item[0] in only]
-            numbered = [(kind, (next(self._numbers), *rest)) for kind, rest in now]
-            yield [self._build(kind, _Entry(*record)) for kind, record in numbered]
+            numbered = [(kind, [next(self._numbers), *rest, None]) for kind, rest in now]
+            yield [self._build(kind, record) for kind, record in numbered]
             self._staged = [item for item in self._staged if only and item[0] not in only]
             self._show(numbered)
 
     def _show(self, numbered: Iterable[tuple[int, _Record]]) -> None:
         for kind, record in numbered:
             self._rings[kind].append(record)
-            for waiting in self._waiting[kind]:
-                waiting.set()
+            self._readers.news(kind)
 
     def dropped(self, kind: int) -> tuple[int, int]:
         """How many events of a kind are not kept any more, and the number of the last of them. For publishing()."""
@@ -229,50 +223,56 @@ class EventLog:
         """Readers get what there is, then end."""
         with self._lock:
             self._closed = True
-            for readers in self._waiting.values():
-                for waiting in readers:
-                    waiting.set()
+        self._readers.close()
 
     def watch(
         self, from_sequence: int = 0, kinds: Collection[int] = (), active: Callable[[], bool] = lambda: True
-    ) -> Iterator[Event]:
-        """Events in order, from the first number wanted (0: from the oldest kept), for ever.
+    ) -> Iterator[list[bytes]]:
+        """Events in order, serialized, from the first number wanted (0: from the oldest kept), for ever.
 
         A reader that lags behind gets an EventsLost with the exact number of events of its kinds that it missed.
 
         Args:
             kinds: those wanted; empty means all.
             active: ends the iteration, within a second, once it returns False.
+
+        Yields:
+            At least one, at most BATCH of them and an EventsLost.
         """
-        wanted = [kind for kind in _FIELDS if not kinds or kind in kinds]
-        wake = threading.Event()
+        wanted = _wanted(kinds)
+        reader = Reader(wanted)
         with self._lock:
             positions = {kind: self._position(self._rings[kind], from_sequence) for kind in wanted}
-            for kind in wanted:
-                self._waiting[kind].add(wake)
-        try:
+        with self._readers.added(reader):
             while True:
-                wake.clear()
-                batch, lost, closed = self._take(positions)
+                reader.wake.clear()
+                batch, lost, closed, more = self._take(positions)
                 if lost:
-                    before = batch[0][1].sequence - 1 if batch else 0
-                    yield self._event(before, vmm_pb2.EVENT_KIND_LOST, lost=EventsLost(count=lost))
-                for kind, entry in batch:
-                    yield self._build(kind, entry)
-                if not batch:
-                    if closed or not active():
-                        return
-                    wake.wait(_LOOK)
-        finally:
-            with self._lock:
-                for kind in wanted:
-                    self._waiting[kind].discard(wake)
+                    before = batch[0][1][0] - 1 if batch else 0
+                    event = self._event(before, vmm_pb2.EVENT_KIND_LOST, lost=EventsLost(count=lost))
+                    yield [event.SerializeToString(), *self._serialized(batch)]
+                elif batch:
+                    yield self._serialized(batch)
+                elif closed or not active():
+                    return
+                if not (more or closed):
+                    reader.wake.wait(_LOOK)
+
+    def batches(self, kinds: Collection[int] = (), from_sequence: int = 0) -> Iterator[list[bytes]]:
+        """The events that are kept now, in order, from a number on, as watch() gives them."""
+        positions = {kind: self._rings[kind].first for kind in _wanted(kinds)}
+        last = max((ring.entries[-1][0] for ring in self._rings.values() if ring.entries), default=0)
+        while True:
+            batch = self._take(positions)[0]
+            wanted = [item for item in batch if from_sequence <= item[1][0] <= last]
+            if wanted:
+                yield self._serialized(wanted)
+            if not batch or batch[-1][1][0] >= last:
+                return
 
     def kept(self, kinds: Collection[int] = (), from_sequence: int = 0) -> list[Event]:
         """The events that are kept now, in order, from a number on."""
-        wanted = {kind: self._rings[kind].first for kind in _FIELDS if not kinds or kind in kinds}
-        batch = self._take(wanted)[0]
-        return [self._build(kind, entry) for kind, entry in batch if entry.sequence >= from_sequence]
+        return [Event.FromString(data) for batch in self.batches(kinds, from_sequence) for data in batch]
 
     @staticmethod
     def _position(ring: _Ring, from_sequence: int) -> int:
@@ -281,30 +281,57 @@ class EventLog:
             return ring.first + bisect_left(ring.entries, from_sequence, key=itemgetter(0))
         return max(0, ring.first - (ring.last_dropped - from_sequence + 1))
 
-    def _take(self, positions: dict[int, int]) -> tuple[list[tuple[int, _Entry]], int, bool]:
-        """What is new since `positions`, which it advances; the number of events lost; whether the log is closed."""
-        batch: list[tuple[int, _Entry]] = []
+    def _take(self, positions: dict[int, int]) -> tuple[list[tuple[int, _Record]], int, bool, bool]:
+        """The oldest of what is new since `positions`, which it advances.
+
+        Returns:
+            The records by kind, how many were lost, whether the log is closed, whether there is more.
+        """
+        found: list[tuple[int, _Record]] = []
         lost = 0
         with self._lock:
             for kind, position in positions.items():
                 ring = self._rings[kind]
                 lost += max(0, ring.first - position)
                 skip = max(0, position - ring.first)
-                batch += [(kind, _Entry(*record)) for record in itertools.islice(ring.entries, skip, None)]
-                positions[kind] = ring.first + len(ring.entries)
+                positions[kind] = ring.first + skip
+                if skip < len(ring.entries):
+                    found += [(kind, record) for record in itertools.islice(ring.entries, skip, skip + BATCH + 1)]
             closed = self._closed
-        batch.sort(key=lambda item: item[1].sequence)
-        return batch, lost, closed
+        found.sort(key=lambda item: item[1][0])
+        weight, more = 0, False
+        for number, (kind, record) in enumerate(found):
+            weight += record[6]
+            if number == BATCH or (weight > _BATCH_BYTES and number):
+                del found[number:]
+                more = True
+                break
+            positions[kind] += 1
+        return found, lost, closed, more
 
-    def _build(self, kind: int, entry: _Entry) -> Event:
+    def _serialized(self, batch: Iterable[tuple[int, _Record]]) -> list[bytes]:
+        """Built by the reader that comes first."""
+        data = []
+        for kind, record in batch:
+            event = record[7]
+            if event is None:
+                event = record[7] = self._build(kind, record).SerializeToString()
+            data.append(event)
+        return data
+
+    def _build(self, kind: int, record: _Record) -> Event:
+        sequence, time_ns, vp_index, vtl, enter_sequence, detail = record[:6]
         build = _BUILDERS.get(kind)
-        detail = build(*entry.detail) if build else entry.detail
-        event = self._event(entry.sequence, kind, **{_FIELDS[kind]: detail})
-        event.time.CopyFrom(Timestamp(seconds=entry.time_ns // 10**9, nanos=entry.time_ns % 10**9))
-        event.vp_index = entry.vp_index
-        event.vtl = entry.vtl
-        event.enter_sequence = entry.enter_sequence
+        if build is not None:
+            detail = build(*detail)
+        event = self._event(sequence, kind, **{_FIELDS[kind]: detail})
+        event.time.CopyFrom(Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9))
+        event.vp_index, event.vtl, event.enter_sequence = vp_index, vtl, enter_sequence
         return event
 
     def _event(self, sequence: int, kind: int, **detail: Any) -> Event:
         return Event(sequence=sequence, vm=self._vm, kind=EventKind.Name(kind), **detail)  # type: ignore[arg-type]
+
+
+def _wanted(kinds: Collection[int]) -> list[int]:
+    return [kind for kind in _FIELDS if not kinds or kind in kinds]

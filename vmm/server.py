@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import grpc
 
 from vmm.journal import Journal
 from vmm.machines import Machines
 from vmm.peers import RemoteLevel
-from vmm.service import VmmService
+from vmm.service import VmmService, add_to_server
 from vtlab.channels import ServerConfig, dial, serve
 from vtlab.errors import Unsupported
 from vtlab.trust.certificates import Credentials, load_credentials
 from vtlab.trust.roles import Role
-from vtlab.v1 import vmm_pb2_grpc
 
 # Seconds within which VTL1 must answer an enter.
 MONITOR_PATIENCE = 10.0
@@ -52,7 +52,7 @@ def main(config: ServerConfig) -> None:
     journal = Journal(config.state / "journal.sqlite")
     machines = Machines(config.state, levels, journal)
     machines.revive()
-    server = serve(config, lambda target: vmm_pb2_grpc.add_VmmServiceServicer_to_server(VmmService(machines), target))
+    server = serve(config, partial(add_to_server, VmmService(machines)))
     try:
         server.wait()
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
 
 import grpc
 
@@ -10,7 +12,12 @@ from vmm import client_access
 from vmm.guarding import guard
 from vmm.machines import Machines
 from vmm.states import Operation
+from vtlab import raw_rpc
+from vtlab.run_messages import repeated
 from vtlab.v1 import vmm_pb2, vmm_pb2_grpc
+
+_NAME = vmm_pb2.DESCRIPTOR.services_by_name["VmmService"].full_name
+_EVENT, _EVENTS = (vmm_pb2.WatchEventsResponse.DESCRIPTOR.fields_by_name[name].number for name in ("event", "events"))
 
 
 class VmmService(vmm_pb2_grpc.VmmServiceServicer):
@@ -126,13 +133,26 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
             client_access.write_serial(board, request.port, request.data)
             return vmm_pb2.WriteSerialResponse()
 
-    def WatchEvents(
+    def WatchEvents(  # type: ignore[override]
         self, request: vmm_pb2.WatchEventsRequest, context: grpc.ServicerContext
-    ) -> Iterator[vmm_pb2.WatchEventsResponse]:
+    ) -> Iterator[bytes]:
+        """Serialized answers: an event is serialized once for all its readers."""
         events = self._machines.get(request.vm).events
         if request.until_now:
-            wanted: Iterable[vmm_pb2.Event] = events.kept(request.kinds, request.from_sequence)
+            batches = events.batches(request.kinds, request.from_sequence)
         else:
-            wanted = events.watch(request.from_sequence, request.kinds, context.is_active)
-        for event in wanted:
-            yield vmm_pb2.WatchEventsResponse(event=event)
+            batches = events.watch(request.from_sequence, request.kinds, context.is_active)
+        for batch in batches:
+            if request.batches:
+                yield repeated(_EVENTS, batch)
+            else:
+                yield from (repeated(_EVENT, [event]) for event in batch)
+
+
+def add_to_server(servicer: VmmService, server: grpc.Server) -> None:
+    """Adds the service; see WatchEvents."""
+    watch: raw_rpc.Handler = grpc.unary_stream_rpc_method_handler(
+        cast(Any, servicer.WatchEvents), vmm_pb2.WatchEventsRequest.FromString, response_serializer=None
+    )
+    generated = partial(vmm_pb2_grpc.add_VmmServiceServicer_to_server, servicer)
+    raw_rpc.add_to_server(server, _NAME, generated, {"WatchEvents": watch})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import grpc
 
+from vtlab import raw_rpc
 from vtlab.run_messages import framed
 from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
 
@@ -16,26 +18,10 @@ def _enter(data: bytes) -> vcpu_pb2.Enter:
     return vcpu_pb2.RunRequest.FromString(data).enter
 
 
-class _Handlers:
-    """Stands in for the server while the generated code adds its handlers."""
-
-    def __init__(self) -> None:
-        self.by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
-
-    def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
-        """The same handlers, by another way."""
-
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        self.by_service[service] = handlers
-
-
 def add_to_server(servicer: vcpu_pb2_grpc.VcpuServiceServicer, server: grpc.Server) -> None:
     """Adds the service; the servicer's Run makes an Iterator[Enter] an Iterator[bytes]."""
-    handlers = _Handlers()
-    vcpu_pb2_grpc.add_VcpuServiceServicer_to_server(servicer, cast(grpc.Server, handlers))
-    run: grpc.RpcMethodHandler[vcpu_pb2.Enter, bytes] = grpc.stream_stream_rpc_method_handler(
+    run: raw_rpc.Handler = grpc.stream_stream_rpc_method_handler(
         cast(Any, servicer.Run), request_deserializer=_enter, response_serializer=framed
     )
-    by_name = handlers.by_service[NAME] | {"Run": run}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, by_name),))
-    cast(Any, server).add_registered_method_handlers(NAME, by_name)  # as the generated code does
+    generated = partial(vcpu_pb2_grpc.add_VcpuServiceServicer_to_server, servicer)
+    raw_rpc.add_to_server(server, NAME, generated, {"Run": run})

@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,9 @@ from google.protobuf.message import DecodeError, Message
 from tests.fuzz.making import RAM, Maker
 from tests.fuzz.target import Target
 from tests.unit.vmm.fakes import FakeLevel
+from vmm import service as vmm_service
 from vmm.journal import Journal
 from vmm.machines import Machines
-from vmm.service import VmmService
 from vtl0_guest.service import VcpuService as GuestVcpuService
 from vtl0_guest.session import Guest
 from vtl1_monitor.monitor import Monitor
@@ -30,7 +31,7 @@ from vtl1_monitor.service import VcpuService as MonitorVcpuService
 from vtlab import vcpu_rpc
 from vtlab.errors import VtlabError
 from vtlab.ram import create_ram_files
-from vtlab.v1 import monitor_pb2_grpc, registers_pb2, vcpu_pb2, vmm_pb2, vmm_pb2_grpc
+from vtlab.v1 import monitor_pb2_grpc, registers_pb2, vcpu_pb2, vmm_pb2
 
 RENEW_AFTER = 1_000
 _ENDS = ("Detach", "DestroyMachine", "Attach")  # rare, since little is left to reach afterwards
@@ -154,7 +155,7 @@ class MessageTarget(Target):
     def _table(machines: Machines, guest: Guest, monitor: Monitor) -> list[tuple[str, Any, type[Message]]]:
         found = []
         for name, add in (
-            ("vmm", lambda server: vmm_pb2_grpc.add_VmmServiceServicer_to_server(VmmService(machines), server)),
+            ("vmm", partial(vmm_service.add_to_server, vmm_service.VmmService(machines))),
             ("guest", lambda server: vcpu_rpc.add_to_server(GuestVcpuService(guest), server)),
             ("monitor", lambda server: vcpu_rpc.add_to_server(MonitorVcpuService(monitor), server)),
             ("monitor", lambda s: monitor_pb2_grpc.add_MonitorServiceServicer_to_server(MonitorService(monitor), s)),
@@ -183,10 +184,10 @@ class MessageTarget(Target):
             if handler.response_streaming:
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 for _, answer in zip(range(_MOST_ANSWERS), behaviour(given, context), strict=False):
-                    handler.response_serializer(answer)
+                    _sent(handler, answer)
             else:
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
-                handler.response_serializer(behaviour(given, context))
+                _sent(handler, behaviour(given, context))
         except DecodeError:
             return f"{name}: no message"
         except VtlabError:
@@ -211,6 +212,11 @@ class MessageTarget(Target):
             last = [known.sequence for known in party.reconnect("vm", 1)]
             enter.vp_index = rng.randrange(len(last))
             enter.sequence = last[enter.vp_index] + (rng.random() < 0.9)
+
+
+def _sent(handler: Any, answer: Any) -> bytes:
+    """As gRPC would send it."""
+    return cast(bytes, handler.response_serializer(answer) if handler.response_serializer else answer)
 
 
 def _request_type(rpc: str) -> type[Message]:

@@ -10,7 +10,15 @@ from tests.fuzz.__main__ import main
 from tests.fuzz.target import Target, mutated
 from tests.fuzz.targets import TARGETS
 
-SHORT = {"hypercalls": 2_000, "loaders": 200, "messages": 2_000, "modules": 200, "policies": 200}
+SHORT = {
+    "enters": 1_000,
+    "exits": 2_000,
+    "hypercalls": 2_000,
+    "loaders": 200,
+    "messages": 2_000,
+    "modules": 200,
+    "policies": 200,
+}
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from vtlab.client.calls import BackgroundStream, call, repeated, stream
 from vtlab.client.names import RegisterContent, event_kinds, register_values, state_name
-from vtlab.client.serial import ENDED, Observed, Pattern, SerialReader
+from vtlab.client.serial import ENDED, Observed, Pattern, SerialReader, events_of
 from vtlab.errors import BadArgument, BadImage, NotFound, PeerUnavailable, VtlabError, WrongState
 from vtlab.v1 import registers_pb2, vmm_pb2, vmm_pb2_grpc
 
@@ -40,7 +40,8 @@ class Machine:
         self._observed = Observed(f"machine '{name}'")
 
         def request() -> vmm_pb2.WatchEventsRequest:
-            return vmm_pb2.WatchEventsRequest(vm=name, kinds=_WATCHED, from_sequence=self._observed.following)
+            following = self._observed.following
+            return vmm_pb2.WatchEventsRequest(vm=name, kinds=_WATCHED, from_sequence=following, batches=True)
 
         self._watch = BackgroundStream(peer, stub.WatchEvents, request, self._observed.take, self._observed.fail)
 
@@ -278,7 +279,7 @@ class Machine:
             until_now: end with the last one that is recorded already.
         """
         request = vmm_pb2.WatchEventsRequest(
-            vm=self.name, from_sequence=from_sequence, kinds=event_kinds(kinds), until_now=until_now
+            vm=self.name, from_sequence=from_sequence, kinds=event_kinds(kinds), until_now=until_now, batches=True
         )
         return self._follow(request)
 
@@ -287,8 +288,9 @@ class Machine:
         while True:
             try:
                 for answer in stream(self._peer, self._stub.WatchEvents, request):
-                    yield answer.event
-                    request.from_sequence = answer.event.sequence + 1
+                    for event in events_of(answer):
+                        yield event
+                        request.from_sequence = event.sequence + 1
                 return
             except PeerUnavailable:
                 self.info()  # returns once the VMM is back

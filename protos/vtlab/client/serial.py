@@ -20,6 +20,11 @@ SILENT_RESETS = 16
 Pattern = str | re.Pattern[str]
 
 
+def events_of(answer: vmm_pb2.WatchEventsResponse) -> Sequence[vmm_pb2.Event]:
+    """The events of an answer, whether batches were asked for or not."""
+    return answer.events or [answer.event]
+
+
 class Observed:
     """State and serial output of one machine as its events told them. All methods are for any thread."""
 
@@ -35,21 +40,24 @@ class Observed:
         self.following = 0  # number of the next event; 0 before the first
 
     def take(self, answer: vmm_pb2.WatchEventsResponse) -> None:
-        """Notes one event and wakes who waits."""
-        event = answer.event
-        detail = event.WhichOneof("detail")
+        """Notes what happened and wakes who waits."""
         with self._changed:
-            if detail == "serial":
-                self._output[event.serial.port] += event.serial.data
-                self._silent_resets = 0
-            elif detail == "state":
-                self._silent_resets += event.state.generation > self._machine.generation > 0
-                self._machine = event.state
-                self.state_changes += 1
-            elif detail == "lost":
-                self.lost += event.lost.count
-            self.following = event.sequence + 1
+            for event in events_of(answer):
+                self._note(event)
             self._changed.notify_all()
+
+    def _note(self, event: vmm_pb2.Event) -> None:
+        detail = event.WhichOneof("detail")
+        if detail == "serial":
+            self._output[event.serial.port] += event.serial.data
+            self._silent_resets = 0
+        elif detail == "state":
+            self._silent_resets += event.state.generation > self._machine.generation > 0
+            self._machine = event.state
+            self.state_changes += 1
+        elif detail == "lost":
+            self.lost += event.lost.count
+        self.following = event.sequence + 1
 
     def fail(self, error: Exception) -> None:
         """No more events will come: who waits gets the error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from itertools import islice
 
 from hypothesis import given
@@ -23,8 +24,14 @@ def serial(log: EventLog, *texts: str) -> None:
         log.record(SERIAL, SerialOutput(data=text.encode()), weight=len(text))
 
 
+def follow(log: EventLog, from_sequence: int = 0, kinds: tuple[int, ...] = ()) -> Iterator[Event]:
+    """As a client sees them."""
+    for batch in log.watch(from_sequence, kinds):
+        yield from map(Event.FromString, batch)
+
+
 def read(log: EventLog, count: int, from_sequence: int = 0, kinds: tuple[int, ...] = ()) -> list[Event]:
-    return list(islice(log.watch(from_sequence, kinds), count))
+    return list(islice(follow(log, from_sequence, kinds), count))
 
 
 def test_events_are_numbered_in_order_over_all_kinds() -> None:
@@ -76,7 +83,7 @@ def test_heavy_details_are_bounded_in_bytes() -> None:
 def test_a_slow_reader_is_told_exactly_what_it_missed() -> None:
     log = EventLog("vm", capacity=4)
     serial(log, "0")
-    reader = log.watch()
+    reader = follow(log)
     assert next(reader).serial.data == b"0"
     serial(log, *map(str, range(1, 11)))
     lost = next(reader)
@@ -97,10 +104,10 @@ def test_waiting_readers_wake_and_end() -> None:
     log = EventLog("vm")
     seen: list[bytes] = []
 
-    def follow() -> None:
-        seen.extend(event.serial.data for event in log.watch(kinds=(SERIAL,)))
+    def watch() -> None:
+        seen.extend(event.serial.data for event in follow(log, kinds=(SERIAL,)))
 
-    reader = threading.Thread(target=follow)
+    reader = threading.Thread(target=watch)
     reader.start()
     serial(log, "late")
     log.close()
@@ -117,7 +124,7 @@ def test_an_inactive_reader_ends() -> None:
 def test_seen_and_lost_add_up(steps: list[tuple[int, bool]], capacity: int) -> None:
     log = EventLog("vm", capacity=capacity)
     serial(log, "first")
-    reader = log.watch()
+    reader = follow(log)
     next(reader)
     written = seen = lost = 0
     for count, look in steps:
