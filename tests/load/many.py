@@ -34,22 +34,25 @@ class One:
 
     Attributes:
         rounds: of its guest, at each look.
+        work: exceptions that its guest has taken and lines that it has written, some dozens a round.
         memory: anonymous bytes of its three processes, at each look.
     """
 
     lab: LocalLab
     observer: Observer
     rounds: list[int]
+    work: list[int]
     memory: list[int]
 
     def look(self) -> None:
         self.rounds.append(sum(status.rounds for status in self.observer.statuses()))
+        self.work.append(sum(status.faults + status.logged for status in self.observer.statuses()))
         self.memory.append(sum(use(pid).anonymous for pid in self.lab.pids.values()))
 
     @property
     def stood_still(self) -> int:
         """Intervals in which nothing was done."""
-        return sum(now == then for then, now in zip(self.rounds, self.rounds[1:], strict=False))
+        return sum(now == then for then, now in zip(self.work, self.work[1:], strict=False))
 
 
 @contextlib.contextmanager
@@ -60,7 +63,7 @@ def machines(count: int, vcpus: int) -> Iterator[list[One]]:
         lab = stack.enter_context(launch(timeout=_START))
         observer = Observer(lab, vcpus)
         stack.callback(observer.close)
-        return One(lab, observer, [], [])
+        return One(lab, observer, [], [], [])
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(4) as pool:
         yield list(pool.map(start, range(count)))
@@ -125,6 +128,7 @@ def run(count: int, clients: int, seconds: float, vcpus: int, slow: float) -> bo
             print(f"{clients} clients have their first events after {time.monotonic() - begun:.0f} s", flush=True)
             for one in made:
                 one.rounds.clear()
+                one.work.clear()
                 one.memory.clear()
             started = time.monotonic()
             while time.monotonic() < started + seconds:
