@@ -113,7 +113,7 @@ def _port(board: Board, processor: Processor, exit_: Exit) -> Answer:
     if not access.write:
         return processor.resume(complete(board.ports.read(port, access.size)))
     value = access.value & ((1 << 8 * access.size) - 1)
-    return processor.resume(SKIP, board.ports.write(port, access.size, value))
+    return processor.resume(complete(0), board.ports.write(port, access.size, value))
 
 
 def _memory_fault(board: Board, processor: Processor, exit_: Exit) -> Answer:
@@ -129,7 +129,7 @@ def _memory_fault(board: Board, processor: Processor, exit_: Exit) -> Answer:
         return answer
     if fault.access == vcpu_pb2.ACCESS_KIND_READ:
         return processor.resume(complete((1 << 64) - 1))
-    return processor.resume(SKIP)
+    return processor.resume(complete(0))
 
 
 def _halt(board: Board, processor: Processor, exit_: Exit) -> Answer:

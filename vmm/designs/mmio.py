@@ -37,7 +37,6 @@ from vmm.designs.native import Native
 from vmm.discovery import Leaf
 from vmm.memory import WRITE
 from vmm.processor import Processor
-from vmm.vtl_switch import SKIP
 from vtlab.errors import VtlabError
 from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
@@ -145,7 +144,7 @@ class MmioDevice(Native):
             raw = self._registers()[offset : offset + 8]
             return processor.resume(complete(int.from_bytes(raw, "little")))
         self._state.error = self._store(board, processor, exit_, offset)
-        return processor.resume(SKIP)
+        return processor.resume(complete(0))
 
     def _registers(self) -> bytes:
         state = self._state

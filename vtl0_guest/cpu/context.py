@@ -58,7 +58,7 @@ class Context:
         self.vtl = vtl
         self.engine = engine
         self.environment = Environment(engine)
-        self.memory = GuestMemory(physical, self.environment)
+        self.memory = GuestMemory(physical, self.environment, self.device_at)
         self.platform = platform
         self.local_apic = platform.local_apic(vp_index)
         self.hyperv = VirtualProcessor(vp_index, partition, platform)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from vtl0_guest.cpu.level_turns import LevelTurns
 from vtl0_guest.cpu.nested import (
     ADDRESS,
     EXTRA_BASE,
+    MAX_DETOURS,
     PRIVATE_BASE,
     REGION_SHIFT,
+    SCRATCH_BASE,
     SEALED_BASE,
     SMRAM_BASE,
     WRITABLE_BASE,
@@ -49,6 +52,8 @@ _ALL = vcpu_pb2.PageAccess(read=True, write=True, kernel_execute=True, user_exec
 _READ_EXECUTE = vcpu_pb2.PageAccess(read=True, kernel_execute=True, user_execute=True)
 # Serial output waits this long for another exit, in seconds.
 _OUTPUT_DELAY = 0.010
+# Seconds for which a timer of VTL0 waits, in steps, for VTL1 to come in for something that was due before.
+_GIVE_PRECEDENCE, _PRECEDENCE_STEP = 10.0, 0.001
 # From so many runs on, translated code between them is forgotten too: one call for all.
 _MANY_RUNS = 64
 
@@ -81,6 +86,7 @@ class Core:
     Attributes:
         reference: the partition reference time.
         nested: the nested page table that all processors share.
+        scratch: pages that stand for device registers during one instruction (device_memory.py).
         turns: of the processors; one runs at a time.
         coherence: sees to code that one processor writes and another runs.
         carrier: the processor whose last exit carried serial output, until it is entered again. Others carry none
@@ -125,6 +131,9 @@ class Core:
         regions.append(Region(EXTRA_BASE, PAGE_SIZE, _address(self._overlay), False))
         self._smram = Smram(self.nested)
         regions.append(Region(SMRAM_BASE, smram.SIZE, _address(self._smram.buffer), True))
+        scratch = mmap.mmap(-1, MAX_DETOURS * PAGE_SIZE)
+        self.scratch = memoryview(scratch)
+        regions.append(Region(SCRATCH_BASE, len(scratch), _address(scratch), True))
         views: list[memoryview | None] = [None] * 16
         for file, view in ram.views.items():
             views[_BASES[file] >> REGION_SHIFT] = memoryview(view)
@@ -155,6 +164,8 @@ class Core:
         self.output_waits = False
         self._timer_changed = threading.Condition()
         self._rearmed = False
+        self._precedence_until: float | None = None
+        self._announcing = threading.Lock()
         platform.on_wake = self._wake
         platform.on_deadline = self._rearm
         self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
@@ -203,6 +214,7 @@ class Core:
             processor.context.engine.close()
         self._processors.clear()
         self._physical.close()
+        self.scratch.release()
         for view in self._views:
             if view is not None:
                 view.release()
@@ -314,10 +326,36 @@ class Core:
             raise errors.BadArgument(f"serial port {update.port}", "does not exist") from None
 
     def _wake(self, vp_index: int) -> None:
+        self.announce_due()
         if vp_index < len(self._processors):
             self._processors[vp_index].wake()
 
+    def announce_due(self) -> None:
+        """Tells the lower level when this one has to come in, if both run guest code."""
+        levels = self.turns.levels
+        if levels is None or not self.vtl:
+            return
+        with self._announcing:
+            waits = any(
+                not processor.entered
+                and (processor.context.hyperv.synic.due or self.platform.pending_vector(index) is not None)
+                for index, processor in enumerate(self._processors)
+            )
+            levels.announce_due(0.0 if waits else self.platform.next_deadline())
+
+    def _higher_level_first(self, due: float) -> bool:
+        """Whether what is due has to wait because the other level has to come in before."""
+        levels = self.turns.levels
+        if levels is None or self.vtl or not levels.due_before(due):
+            self._precedence_until = None
+            return False
+        now = time.monotonic()
+        if self._precedence_until is None:
+            self._precedence_until = now + _GIVE_PRECEDENCE
+        return now < self._precedence_until
+
     def _rearm(self) -> None:
+        self.announce_due()
         if isinstance(self.turns, Schedule):
             self.turns.rearm()
             return
@@ -356,6 +394,10 @@ class Core:
                 with self._timer_changed:
                     if not self._rearmed and not self._closed:
                         self._timer_changed.wait(None if due is None else due - now)
+                continue
+            if self._higher_level_first(due):
+                with self._timer_changed:
+                    self._timer_changed.wait(_PRECEDENCE_STEP)
                 continue
             if self._let_pass(now):
                 with self._timer_changed:

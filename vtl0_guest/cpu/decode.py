@@ -53,8 +53,9 @@ def decode(bitness: int, code: bytes) -> Instruction:
 
 @lru_cache(maxsize=256)
 def _number_and_size(register: int) -> tuple[int, int]:
+    """Encoding of the whole register and bytes of this part; the decoder numbers SPL to R15L by themselves."""
     known = cast("RegisterType", register)
-    return RegisterExt.number(known), RegisterExt.size(known)
+    return RegisterExt.number(RegisterExt.full_register(known)), RegisterExt.size(known)
 
 
 def read_register(environment: Environment, register: int) -> int:

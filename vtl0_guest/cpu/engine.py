@@ -35,7 +35,7 @@ from vtl0_guest.cpu.native_memory import NativeMemory, Piece
 from vtl0_guest.cpu.nested import HIDDEN_BASE, NESTED_BASE, REGION_SHIFT, NestedTable
 from vtl0_guest.cpu.unicorn_library import CTL_TB_FLUSH, CTL_TLB_FLUSH, EngineUnsupported, address_of, library
 from vtl0_guest.cpu.vectors import Vectors
-from vtlab.x86.registers import Efer, Msr
+from vtlab.x86.registers import Efer, Msr, Rflags, Vector
 
 # Pages of the hidden range.
 _STUB, _VMCB, _HSAVE, _MSR_MAP, _IO_MAP, _PROBE = (HIDDEN_BASE + page * 0x1000 for page in (0, 1, 2, 3, 5, 8))
@@ -56,7 +56,12 @@ _PROBE_ERROR = 0x1238
 _HOOK_RANGE = 24
 _NOWHERE = 0x5A17_0000_0000_0000  # no code is at an address that is not canonical
 
-_RIP, _REASON = layout.RIP // 8, native_hooks.REASON // 4  # in words of 64 and 32 bits
+_RIP, _RFLAGS = layout.RIP // 8, layout.RFLAGS // 8  # in words of 64 bits
+_REASON, _DETAIL = native_hooks.REASON // 4, native_hooks.DETAIL // 4  # of 32 bits
+_TF = int(Rflags.TF)
+# (reason, detail) of stops.
+_REQUESTS = frozenset((native_hooks.Reason.EXIT, 0x100 + code) for code in (vmcb.ExitCode.NMI, vmcb.ExitCode.INTERRUPT))
+_TRAPPED = (native_hooks.Reason.EXIT, 0x100 + vmcb.ExitCode.EXCEPTION + Vector.DB)
 
 # Creating engines patches and searches process memory; once at a time.
 _creation = threading.Lock()
@@ -326,10 +331,48 @@ class Engine:
             raise UcError(status)
         return reason
 
+    def step(self, trap: bool = True) -> bool:
+        """Runs one instruction, or one element of a string instruction with REP, whatever is asked for meanwhile.
+
+        Returns whether it was done; if not, what stopped it is to be found as after `run`.
+
+        Args:
+            trap: stop behind it by RFLAGS.TF, which it may neither show nor change. Else by counting blocks: the
+                instruction is one that ends a block, and translated code is forgotten.
+        """
+        words, state = self._mailbox_words, self.words
+        before, budget = state[_RFLAGS] & _TF, self._mailbox_quads[native_hooks.BUDGET // 8]
+        watching, done = self._watching, _TRAPPED if trap else (native_hooks.Reason.BUDGET_SPENT, 0)
+        if not trap:
+            self.watch_blocks(True)
+            self.flush_code()
+        while True:
+            self.set_budget(native_hooks.UNLIMITED if trap else 1)
+            self._lines.lower_interrupt()
+            self._lines.lower_nmi()
+            words[_REASON] = words[_DETAIL] = 0
+            if trap:
+                state[_RFLAGS] |= _TF
+            status = self._start(self._handle, state[_RIP], 0, 0, 0)
+            state[_RFLAGS] = state[_RFLAGS] & ~_TF | before
+            if status and not words[_REASON]:
+                raise UcError(status)
+            if (words[_REASON], words[_DETAIL]) not in _REQUESTS:
+                break
+        self.set_budget(budget)
+        if not trap:
+            self.watch_blocks(watching)
+        return (words[_REASON], words[_DETAIL]) == done
+
+    @property
+    def reason(self) -> int:
+        """What `run` returned last, or why `step` failed."""
+        return self._mailbox_words[_REASON]
+
     @property
     def detail(self) -> int:
         """Exit number or port."""
-        return self._mailbox_words[native_hooks.DETAIL // 4]
+        return self._mailbox_words[_DETAIL]
 
     @property
     def error_code(self) -> int:
@@ -448,6 +491,12 @@ class Engine:
         """Nested roots from the next translation on, below CPL3 and at CPL3."""
         self._mailbox_quads[native_hooks.KERNEL_ROOT // 8] = kernel
         self._mailbox_quads[native_hooks.USER_ROOT // 8] = user
+
+    @property
+    def roots(self) -> tuple[int, int]:
+        """What set_roots() was given."""
+        quads = self._mailbox_quads
+        return quads[native_hooks.KERNEL_ROOT // 8], quads[native_hooks.USER_ROOT // 8]
 
     def flush_translations(self) -> None:
         """Forgets all address translations, guest and nested."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from vtl0_guest.cpu import layout
+from vtl0_guest.cpu.devices.bus import MmioDevice
+from vtl0_guest.cpu.devices.mmio import load, store
 from vtl0_guest.cpu.environment import Environment
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault
 from vtl0_guest.cpu.nested import ADDRESS, REGION_SHIFT, RW, NestedTable, P
@@ -140,8 +142,12 @@ def _pieces(address: int, data: bytes) -> Iterator[tuple[int, bytes]]:
 class GuestMemory:
     """Virtual access of one processor."""
 
-    def __init__(self, physical: PhysicalMemory, environment: Environment) -> None:
+    def __init__(
+        self, physical: PhysicalMemory, environment: Environment, device_at: Callable[[int], MmioDevice | None]
+    ) -> None:
+        """`device_at` names the device that answers at a guest-physical address in place of memory."""
         self.physical = physical
+        self._device_at = device_at
         self._environment = environment
         self._mappings: dict[tuple[int, int], _Mapping] = {}
 
@@ -192,8 +198,11 @@ class GuestMemory:
             try:
                 out += self.physical.read(gpa, part)
             except NestedFault as fault:
-                fault.gva = gva
-                raise
+                device = self._device_at(gpa)
+                if device is None:
+                    fault.gva = gva
+                    raise
+                out += load(device, gpa & 0xFFF, part)
             gva += part
             size -= part
         return out
@@ -210,15 +219,21 @@ class GuestMemory:
         while at < len(data):
             part = min(len(data) - at, PAGE - (gva + at & 0xFFF))
             gpa = self.translate(gva + at, WRITE, implicit=implicit, user=user, stack=stack)
-            pieces.append((gpa, data[at : at + part]))
+            device = None
             try:
                 self.physical.check(gpa, WRITE)
             except NestedFault as fault:
-                fault.gva, fault.data = gva + at, data[at : at + part]
-                raise
+                device = self._device_at(gpa)
+                if device is None:
+                    fault.gva, fault.data = gva + at, data[at : at + part]
+                    raise
+            pieces.append((gpa, data[at : at + part], device))
             at += part
-        for gpa, piece in pieces:
-            self.physical.write(gpa, piece)
+        for gpa, piece, device in pieces:
+            if device is None:
+                self.physical.write(gpa, piece)
+            else:
+                store(device, gpa & 0xFFF, piece)
 
     def probe_write(self, gva: int, size: int) -> None:
         """Raises what a write would raise, and writes nothing."""
@@ -227,8 +242,9 @@ class GuestMemory:
             try:
                 self.physical.check(gpa, WRITE)
             except NestedFault as fault:
-                fault.gva = at
-                raise
+                if self._device_at(gpa) is None:
+                    fault.gva = at
+                    raise
 
     def code_gpa(self, gva: int) -> int | None:
         """Where an address lies, without checks of rights: for what the engine has just accessed. None if nowhere."""

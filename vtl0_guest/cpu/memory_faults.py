@@ -7,21 +7,19 @@ The guest-virtual address comes from the decoded operands: the one whose walk me
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
-from iced_x86 import Instruction, InstructionInfoFactory, OpAccess
+from iced_x86 import Instruction
 
 from vtl0_guest.cpu.context import Context
-from vtl0_guest.cpu.decode import NO_REGISTER, SEGMENTS, memory_size, read_register
 from vtl0_guest.cpu.faults import CannotEmulate, GuestFault, NestedFault
 from vtl0_guest.cpu.guest_memory import EXECUTE, READ, WRITE
 from vtl0_guest.cpu.instructions import moves
+from vtl0_guest.cpu.operands import operands
 from vtl0_guest.cpu.operation import Operation
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86 import paging
 
-_factory = InstructionInfoFactory()
-_WRITES = frozenset({OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE})
 _ERROR_WRITE, _ERROR_FETCH = 2, 16
 _MASK64 = (1 << 64) - 1
 
@@ -31,26 +29,6 @@ def access_kind(error_code: int) -> vcpu_pb2.AccessKind.ValueType:
     if error_code & _ERROR_FETCH:
         return EXECUTE
     return WRITE if error_code & _ERROR_WRITE else READ
-
-
-def linear_addresses(context: Context, instruction: Instruction) -> Iterator[tuple[int, bool]]:
-    """Linear address of each explicit and implicit memory operand, and whether it is written."""
-    environment = context.environment
-    for used in _factory.info(instruction).used_memory():
-        if used.access == OpAccess.NO_MEM_ACCESS:
-            continue
-        segment = SEGMENTS.get(used.segment)
-        base = environment.segment(segment).base if segment is not None else 0
-        offset = used.displacement
-        parts: tuple[tuple[int, int], ...] = ((used.base, 1), (used.index, used.scale))
-        for register, scale in parts:
-            if register != NO_REGISTER:
-                offset += read_register(environment, register) * scale
-        if environment.bitness == 64:
-            flat = segment is None or segment < 4
-            yield (offset & _MASK64 if flat else base + offset & _MASK64), used.access in _WRITES
-        else:
-            yield base + (offset & 0xFFFF_FFFF) & 0xFFFF_FFFF, used.access in _WRITES
 
 
 def _tables(context: Context, linear: int) -> set[int]:
@@ -74,9 +52,8 @@ def locate(context: Context, instruction: Instruction | None, fault: NestedFault
     environment = context.environment
     candidates: list[int] = []
     if instruction is not None and not instruction.is_invalid and fault.access != EXECUTE:
-        size = max(1, memory_size(instruction))
-        for linear, _written in linear_addresses(context, instruction):
-            candidates += [linear, linear + size - 1 & _MASK64]
+        for operand in operands(context, instruction):
+            candidates += [operand.linear, operand.linear + max(1, operand.size) - 1 & _MASK64]
     if fault.access == EXECUTE:
         code_base = 0 if environment.bitness == 64 else environment.segment(1).base
         start = code_base + environment.rip & _MASK64
@@ -100,8 +77,14 @@ def locate(context: Context, instruction: Instruction | None, fault: NestedFault
     return fault
 
 
-def operation(context: Context, instruction: Instruction | None, fault: NestedFault, ram_pages: int) -> Operation:
-    """The open exit of a refused access."""
+def operation(
+    context: Context,
+    instruction: Instruction | None,
+    fault: NestedFault,
+    ram_pages: int,
+    execute: Callable[[Instruction, int], None] | None = None,
+) -> Operation:
+    """The open exit of a refused access. `execute` finishes what is more than a move, where no RAM is."""
     unmapped = fault.gpa >> 12 >= ram_pages
     message = vcpu_pb2.MemoryFault(
         gpa=fault.gpa,
@@ -113,13 +96,14 @@ def operation(context: Context, instruction: Instruction | None, fault: NestedFa
     )
 
     def complete(value: int) -> None:
-        if fault.access == WRITE:
-            if not fault.data:
-                raise CannotEmulate(f"cannot finish the store of {instruction}")
-            return
         if fault.access == EXECUTE or fault.page_walk or instruction is None:
             raise CannotEmulate(f"cannot finish the access to {fault.gpa:#x}")
-        moves.finish_load(context, instruction, value)
+        if unmapped and execute is not None and not moves.is_plain(instruction):
+            execute(instruction, value)
+        elif fault.access == READ:
+            moves.finish_load(context, instruction, value)
+        elif not fault.data:
+            raise CannotEmulate(f"cannot finish the store of {instruction}")
 
     def commit(_value: int) -> None:
         """What was judged has been stored by whoever may write the page; done if the bytes are there."""
@@ -128,3 +112,16 @@ def operation(context: Context, instruction: Instruction | None, fault: NestedFa
         context.memory.physical.store_judged(fault.gpa, fault.data)
 
     return Operation(vcpu_pb2.Exit(memory_fault=message), commit, 0, complete)
+
+
+def announce(stores: Sequence[tuple[int, bytes]], then: Callable[[Operation | None], None]) -> Operation | None:
+    """Exits for what an instruction that is over has stored where no RAM is; `then` takes each one that follows."""
+    if not stores:
+        return None
+    (gpa, data), *others = stores
+    message = vcpu_pb2.MemoryFault(gpa=gpa, access=WRITE, data=data, unmapped=True)
+    return Operation(
+        vcpu_pb2.Exit(memory_fault=message),
+        complete=lambda _value: then(announce(others, then)),
+        refuse=lambda _resolution: None,  # the bytes are lost; there is no instruction left that could fault
+    )

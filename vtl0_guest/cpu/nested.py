@@ -30,10 +30,12 @@ _ENTRIES = 512
 # regions that refuse stores lie where hardly any guest has code: the engine takes their addresses for virtual ones when
 # it decides whether a store may have changed code.
 REGION_SHIFT = 36
-WRITABLE_BASE, HIDDEN_BASE, NESTED_BASE, PRIVATE_BASE, SMRAM_BASE, EXTRA_BASE, SEALED_BASE = (
-    number << REGION_SHIFT for number in (0, 1, 2, 3, 4, 14, 15)
+WRITABLE_BASE, HIDDEN_BASE, NESTED_BASE, PRIVATE_BASE, SMRAM_BASE, SCRATCH_BASE, EXTRA_BASE, SEALED_BASE = (
+    number << REGION_SHIFT for number in (0, 1, 2, 3, 4, 5, 14, 15)
 )
 MAX_RAM = 1 << REGION_SHIFT
+MAX_DETOURS = 4
+"""Pages that a detour leads to scratch pages."""
 
 P, RW, US, A, D = 1, 2, 4, 0x20, 0x40
 NX = 1 << 63
@@ -98,7 +100,8 @@ class NestedTable:
         self._windows = 2 * self._upper + 2 * leaves
         # Of each processor: two top tables, a PDPT, the directories, four leaf tables.
         self._window_size = 3 + directories + 4
-        total = self._windows + processors * self._window_size
+        self._detour = self._windows + processors * self._window_size
+        total = self._detour + 1 + 3 * MAX_DETOURS
         self.buffer = mmap.mmap(-1, total * PAGE_SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         self.size = total * PAGE_SIZE
@@ -139,6 +142,38 @@ class NestedTable:
     def window_base(self, number: int) -> int:
         """Number of the first table that processor `number` has for itself."""
         return self._windows + number * self._window_size
+
+    def detour(self, root: int, pages: Iterable[int]) -> int:
+        """A root as `root` is now, except that up to MAX_DETOURS guest pages are scratch pages, in that order.
+
+        Valid until the next detour, for one processor at a time. The pages may lie beyond the window.
+        """
+        words, free, copies = self._words, self._detour, dict[tuple[int, int], int]()
+
+        def copy(source: int) -> int:
+            """Number of a new table like the one that an entry points to; empty if it points nowhere."""
+            nonlocal free
+            at, free = free * _ENTRIES, free + 1
+            if source:
+                original = ((source & ADDRESS) - NESTED_BASE) // 8
+                words[at : at + _ENTRIES] = words[original : original + _ENTRIES]
+            else:
+                words[at : at + _ENTRIES] = memoryview(bytes(PAGE_SIZE)).cast("Q")
+            return free - 1
+
+        top = copy(root)
+        for slot, page in enumerate(pages):
+            table = top
+            for shift in (27, 18, 9):
+                at = table * _ENTRIES + (page >> shift & _ENTRIES - 1)
+                key = (shift, page >> shift)
+                if key not in copies:
+                    copies[key] = copy(words[at])
+                    words[at] = self.table_entry(copies[key]) | words[at] & NX
+                table = copies[key]
+            frame = SCRATCH_BASE + slot * PAGE_SIZE
+            words[table * _ENTRIES + (page & _ENTRIES - 1)] = frame | P | RW | US | A | D | NX
+        return self._physical(top)
 
     def root(self, user: bool) -> int:
         """System-physical address of a top-level table, for the nested CR3."""

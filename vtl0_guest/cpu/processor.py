@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, exits, layout, levels, memory_faults, startup, startup_window, state
+from vtl0_guest.cpu import delivery, device_memory, exits, layout, levels, memory_faults, startup, startup_window, state
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice, SystemManagementInterrupt
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vtl0_guest.cpu.core import Core
 
 _TURN_DONE = Outcome.DONE
-_IF = int(Rflags.IF)
+_IF, _TF = int(Rflags.IF), int(Rflags.TF)
 _DR6_BS = 0x4000
 _SVM = 0x100
 _RIP = layout.RIP // 8
@@ -128,8 +128,12 @@ class Processor:
             vtlab.errors.BadArgument: an update that this processor cannot take; nothing ran.
         """
         self._running, self._entering = True, enter
+        if self._core.shares_state:
+            self._core.announce_due()
         self._core.turns.run(self._seat)
         self._running = False
+        if self._core.shares_state:
+            self._core.announce_due()
         if self._context.hyperv.synic.due:
             self._core.look_again()
         result, self._result = self._result, None
@@ -181,6 +185,11 @@ class Processor:
     @property
     def context(self) -> Context:
         return self._context
+
+    @property
+    def entered(self) -> bool:
+        """It is inside `run`."""
+        return self._running
 
     def _ask(self) -> None:
         self._engine.set_stop()
@@ -657,6 +666,8 @@ class Processor:
             instruction, raw = self._fetch()
             if instruction.mnemonic == Mnemonic.XSETBV and engine.error_code == 0:
                 return self._end(control_registers.xsetbv(context, instruction), instruction, raw)
+            if raw and instruction.is_invalid:
+                raise undefined_opcode()  # the engine takes some registers for memory operands
         if vector == Vector.DB:
             context.debug[4] |= _DR6_BS
         error = engine.error_code if vector in VECTORS_WITH_ERROR_CODE else None
@@ -741,26 +752,68 @@ class Processor:
         raw = b""
         if fault.access != vcpu_pb2.ACCESS_KIND_EXECUTE:
             instruction, raw = self._fetch()
-        device = self._context.device_at(fault.gpa)
-        if device is not None and instruction is not None and not fault.page_walk:
-            return self._device_registers(device, fault, instruction)
-        fault = memory_faults.locate(self._context, instruction, fault)
+        try:
+            device = self._context.device_at(fault.gpa)
+            if device is not None and instruction is not None and not fault.page_walk:
+                return self._device_registers(device, fault.gpa & 0xFFF, instruction)
+            fault = memory_faults.locate(self._context, instruction, fault)
+            if instruction is not None and self._is_store_elsewhere(instruction, fault):
+                return self._execute_elsewhere(instruction, 0)
+        except GuestFault as other:
+            return self._deliver(delivery.from_fault(other, self._environment.rip))
+        except NestedFault as other:  # of ordinary memory that the instruction accesses too
+            fault = memory_faults.locate(self._context, instruction, other)
         if self._core.is_overlay(fault.gpa) and fault.access == vcpu_pb2.ACCESS_KIND_WRITE:
             return self._deliver(delivery.from_fault(general_protection(), self._environment.rip))
-        operation = memory_faults.operation(self._context, instruction, fault, self._core.nested.ram_pages)
+        operation = memory_faults.operation(
+            self._context, instruction, fault, self._core.nested.ram_pages, self._finish_elsewhere
+        )
         operation.code = raw
         operation.length = instruction.len if instruction is not None else 0
         return operation
 
-    def _device_registers(self, device: MmioDevice, fault: NestedFault, instruction: Instruction) -> Operation | None:
-        offset = fault.gpa & 0xFFF
-        moves.device_access(
-            self._context,
-            instruction,
-            lambda size: device.mmio_read(offset, size),
-            lambda size, value: device.mmio_write(offset, size, value),
-        )
-        self._context.advance(instruction.len)
+    def _is_store_elsewhere(self, instruction: Instruction, fault: NestedFault) -> bool:
+        """A store where no RAM is whose bytes only the engine knows. What it reads there is asked for first."""
+        beyond = fault.gpa >> 12 >= self._core.nested.ram_pages and not fault.page_walk
+        if not beyond or fault.access != vcpu_pb2.ACCESS_KIND_WRITE or moves.is_plain(instruction):
+            return False
+        if device_memory.reads(self._context, instruction, fault.gpa >> 12):
+            fault.access = vcpu_pb2.ACCESS_KIND_READ
+            return False
+        return True
+
+    def _execute_elsewhere(self, instruction: Instruction, value: int) -> Operation | None:
+        """An instruction where no RAM is: its loads give `value`, its stores are exits after it."""
+        elsewhere = device_memory.Elsewhere(value)
+        operation = self._execute(instruction, elsewhere)
+        return operation or memory_faults.announce(elsewhere.stores, self._hold)
+
+    def _finish_elsewhere(self, instruction: Instruction, value: int) -> None:
+        """The same where it is an open exit that is completed."""
+        try:
+            self._hold(self._execute_elsewhere(instruction, value))
+        except NestedFault as fault:
+            raise CannotEmulate(f"{instruction} at {fault.gpa:#x}") from None
+        self._context.repeat = True  # RIP has moved
+
+    def _hold(self, operation: Operation | None) -> None:
+        """An exit that follows the one that is being completed."""
+        self._held = operation
+
+    def _device_registers(self, device: MmioDevice, offset: int, instruction: Instruction) -> Operation | None:
+        context = self._context
+        if moves.device_access(context, instruction, device, offset):
+            context.advance(instruction.len)
+            return None
+        return self._execute(instruction, None)
+
+    def _execute(self, instruction: Instruction, elsewhere: device_memory.Elsewhere | None) -> Operation | None:
+        """By the engine, on a copy of the registers. What it stops for instead is dealt with as ever."""
+        context, core = self._context, self._core
+        if not device_memory.execute(context, core.nested, core.scratch, instruction, elsewhere):
+            return self._reasons[self._engine.reason]()
+        if self._environment.rflags & _TF and not device_memory.loads_stack_segment(instruction):
+            context.trap_pending = True
         return None
 
     # ------------------------------------------------------------------------------------------------ delivery

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from tests.unit.cpu.machine import DATA, Guest
 from vtl0_guest.cpu import levels
 from vtl0_guest.cpu.core import Core
 from vtl0_guest.cpu.devices.platform import build_platform
+from vtl0_guest.cpu.level_turns import LevelTurns
 from vtlab.hyperv.hypercalls import HypercallCode, encode_input_value
 from vtlab.hyperv.msrs import HvMsr
-from vtlab.ram import Ram
+from vtlab.ram import TURN_FILE, Ram, create_turn_file
 from vtlab.v1 import registers_pb2, vcpu_pb2
 
 _FILL = """
@@ -113,3 +116,82 @@ def test_the_assist_page_tells_why_and_gives_what_a_slow_return_loads(upper: Gue
     upper.run()
     hypercall = upper.exit.hypercall
     assert (hypercall.return_rax, hypercall.return_rcx, hypercall.interrupt_pending) == (0xAA, 0xCC, False)
+
+
+# ------------------------------------------------------------------------------------------- whose interrupt is first
+
+
+@pytest.fixture
+def sharing(guest: Guest, upper: Guest, tmp_path: Path) -> tuple[Guest, Guest]:
+    """Both levels run guest code, their local APICs on."""
+    create_turn_file(tmp_path)
+    for machine in (guest, upper):
+        machine.core.share(tmp_path / TURN_FILE)
+        machine.long_mode("sti; hlt")
+        machine.platform.local_apic(0).mmio_write(_SVR, 4, 0x1FF)
+        machine.platform.local_apic(0).mmio_write(_LVT_TIMER, 4, _VECTOR)
+    return guest, upper
+
+
+_SVR, _LVT_TIMER, _INITIAL_COUNT, _VECTOR = 0xF0, 0x320, 0x380, 0x50
+_LONG = 0xFFFF_FFFF  # ticks: seconds
+_EVER = 1e9
+
+
+def _due_before(lower: Guest, moment: float) -> bool:
+    assert isinstance(lower.core.turns.levels, LevelTurns)
+    return lower.core.turns.levels.due_before(moment)
+
+
+def test_the_lower_level_knows_when_a_timer_of_the_higher_one_is_due(sharing: tuple[Guest, Guest]) -> None:
+    lower, upper = sharing
+    assert not _due_before(lower, _EVER)
+    upper.platform.local_apic(0).mmio_write(_INITIAL_COUNT, 4, _LONG)
+    assert _due_before(lower, _EVER)
+    assert not _due_before(lower, time.monotonic())
+    upper.platform.local_apic(0).mmio_write(_INITIAL_COUNT, 4, 0)
+    assert not _due_before(lower, _EVER)
+
+
+def test_an_interrupt_of_the_higher_level_is_due_until_it_is_entered(sharing: tuple[Guest, Guest]) -> None:
+    lower, upper = sharing
+    upper.platform.local_apic(0).mmio_write(0x300, 4, 1 << 18 | _VECTOR)  # to itself
+    assert _due_before(lower, 0)
+    assert upper.run() == "hypercall"
+    assert upper.vector == _VECTOR
+    assert not _due_before(lower, _EVER)
+
+
+def test_timers_of_the_lower_level_wait_for_what_was_due_before(
+    sharing: tuple[Guest, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late the host lets the processes run: here the higher level's does not run at all."""
+    lower, upper = sharing
+    asked, core = threading.Event(), lower.core
+    judge = core._higher_level_first
+
+    def note(due: float) -> bool:
+        held = judge(due)
+        if held:
+            asked.set()
+        return held
+
+    monkeypatch.setattr(core, "_higher_level_first", note)
+    upper.platform.local_apic(0).mmio_write(0x300, 4, 1 << 18 | _VECTOR)
+    lower.platform.local_apic(0).mmio_write(_INITIAL_COUNT, 4, 1)
+    assert asked.wait(10)
+    assert lower.platform.pending_vector(0) is None
+    assert upper.run() == "hypercall"
+    assert lower.run() == "hypercall"
+    assert lower.vector == _VECTOR
+
+
+def test_a_higher_level_that_never_comes_in_does_not_stop_the_time_of_the_lower_one(
+    sharing: tuple[Guest, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower, upper = sharing
+    monkeypatch.setattr("vtl0_guest.cpu.core._GIVE_PRECEDENCE", 0.01)
+    upper.platform.local_apic(0).mmio_write(0x300, 4, 1 << 18 | _VECTOR)
+    lower.platform.local_apic(0).mmio_write(_INITIAL_COUNT, 4, 1)
+    assert lower.run() == "hypercall"
+    assert lower.vector == _VECTOR

@@ -155,11 +155,11 @@ def test_empty_ports_and_empty_memory(board: Board) -> None:
         enter = enter_of(board, Exit(port=PortAccess(port=0x1234, size=size)))
         assert (enter.resolution.action, enter.resolution.value) == (vcpu_pb2.ACTION_COMPLETE, ones)
     enter = enter_of(board, Exit(port=PortAccess(port=0x1234, size=1, write=True, value=1)))
-    assert enter.resolution.action == vcpu_pb2.ACTION_SKIP
+    assert enter.resolution.action == vcpu_pb2.ACTION_COMPLETE
     read = Exit(memory_fault=MemoryFault(unmapped=True, gpa=1 << 40, access=vcpu_pb2.ACCESS_KIND_READ))
     assert enter_of(board, read).resolution.value == 2**64 - 1
     write = Exit(memory_fault=MemoryFault(unmapped=True, gpa=1 << 40, access=vcpu_pb2.ACCESS_KIND_WRITE))
-    assert enter_of(board, write).resolution.action == vcpu_pb2.ACTION_SKIP
+    assert enter_of(board, write).resolution.action == vcpu_pb2.ACTION_COMPLETE
     with pytest.raises(GuestMisbehaved, match="3 bytes"):
         serve(board, board.processors[0], Exit(port=PortAccess(port=1, size=3)))
 

@@ -51,7 +51,7 @@ def store(board: Board, offset: int, value: int, size: int = 4, rip: int = KERNE
     fault = MemoryFault(gpa=BASE + offset, access=WRITE, unmapped=True, data=data)
     registers = Registers(rip=rip, cpl=cpl, cr0=0x80010033, cr4=CR4)
     resolution = enter_of(board, Exit(memory_fault=fault, registers=registers)).resolution
-    assert resolution.action == vcpu_pb2.ACTION_SKIP
+    assert resolution.action == vcpu_pb2.ACTION_COMPLETE
     return Error(read(board, 0x30) >> 8 & 0xFF)
 
 

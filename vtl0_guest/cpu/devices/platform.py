@@ -12,6 +12,7 @@ from vtl0_guest.cpu.devices import (
     rtc,
     serial,
     system_management,
+    test_memory,
 )
 from vtl0_guest.cpu.devices.bus import Guard, MmioDevice, Platform, PortDevice, TimedDevice
 from vtl0_guest.cpu.devices.clock import Clock, HostClock
@@ -73,6 +74,6 @@ def build_platform(vp_count: int, ram_size: int, clock: Clock | None = None) -> 
     for uart, (base, _) in zip(uarts, serial.PORTS, strict=True):
         ports |= dict.fromkeys(range(base, base + 8), uart)
     timed: list[TimedDevice] = [timer, cmos, power, *(apic.timer for apic in local_apics)]
-    mmio: dict[int, MmioDevice] = {ioapic.BASE: io_apic}
+    mmio: dict[int, MmioDevice] = {ioapic.BASE: io_apic, **test_memory.pages(guard)}
     ports_of_uarts = serial.SerialPorts(uarts, guard)
     return Platform(guard, clock, ports, mmio, ports_of_uarts, pic, lines, local_apics, timed, smram, power)
