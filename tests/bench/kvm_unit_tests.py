@@ -5,12 +5,14 @@
 A FOLDER is a built tree of the suite; its x86/unittests.cfg says how each image is started. Each image runs on both
 sides, one right after the other, so that what else the machine does meets both. QEMU gets no Hyper-V features, which
 TCG refuses. Beside the wall time stands the CPU time of all processes that take part, which other work disturbs less.
+With --shared one laboratory serves all images, as `vtlab up` would; else each has three processes of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import configparser
+import contextlib
 import json
 import os
 import resource
@@ -25,6 +27,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from vmm.launcher import LocalLab, launch
 
 OURS, QEMU = "ours", "qemu"
 RUNNER = shlex.split(
@@ -87,10 +91,15 @@ def cases(folders: Sequence[Path]) -> Iterator[Case]:
             yield Case(name, image, section.get("smp", "1"), tuple(shlex.split(options)))
 
 
-def _cpu() -> float:
-    """CPU seconds of all children that have ended."""
+def _cpu(lab: LocalLab | None) -> float:
+    """CPU seconds of all children that have ended, and of a laboratory's processes so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    ticks = 0
+    for pid in lab.pids.values() if lab is not None else ():
+        # After the name, which may hold anything: state, parent, …; utime and stime are the 12th and 13th.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return used.ru_utime + used.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _for_tcg(options: Sequence[str]) -> list[str]:
@@ -99,30 +108,51 @@ def _for_tcg(options: Sequence[str]) -> list[str]:
     return ["max" if option == "host" else option for option in kept if option != "-enable-kvm"]
 
 
-def run(side: str, case: Case, limit: float, environment: Path, logs: Path | None) -> Result:
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all images: seconds that one may take, the runner's file of variables, where logs go."""
+
+    limit: float
+    environment: Path
+    logs: Path | None
+    lab: LocalLab | None
+
+    def variables(self) -> dict[str, str]:
+        if self.lab is None:
+            return dict(os.environ)
+        where = self.lab.addresses
+        return os.environ | {
+            "VTLAB_VMM": where.vmm,
+            "VTLAB_MONITOR": where.monitor,
+            "VTLAB_TRUST": str(where.trust),
+        }
+
+
+def run(side: str, case: Case, setting: Setting) -> Result:
     """One image, once."""
     program = [sys.executable, "-m", "vmm.cli.qemu"] if side == OURS else ["qemu-system-x86_64"]
     options = list(case.options) if side == OURS else _for_tcg(case.options)
     command = [*program, *RUNNER, "-kernel", str(case.image), "-smp", case.processors, *options]
-    began, before = time.monotonic(), _cpu()
+    began, before = time.monotonic(), _cpu(setting.lab)
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [*command, "-initrd", str(environment)],
+            [*command, "-initrd", str(setting.environment)],
+            env=setting.variables(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
-            code = process.wait(limit)
+            code = process.wait(setting.limit)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait(10)
             code = OVER_TIME
-        wall, cpu = time.monotonic() - began, _cpu() - before
+        wall, cpu = time.monotonic() - began, _cpu(setting.lab) - before
         output.seek(0)
         text = output.read().decode(errors="replace").replace("\r", "")
-    if logs is not None:
-        (logs / f"{case.name}.{side}").write_text(f"{shlex.join(command)}\n{text}")
+    if setting.logs is not None:
+        (setting.logs / f"{case.name}.{side}").write_text(f"{shlex.join(command)}\n{text}")
     lines = text.splitlines()
     count = Counter(line.partition(":")[0] for line in lines)
     failures = [line for line in lines if line.startswith("FAIL")]
@@ -160,6 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.kvm_unit_tests", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--shared", action="store_true", help="one laboratory for all images")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="sections of unittests.cfg")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="sections to leave out")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that one image may take")
@@ -180,13 +211,16 @@ def main() -> int:
         arguments.logs.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Result]] = {}
     load = _load()
-    with tempfile.TemporaryDirectory(prefix="vtlab-kut-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vtlab-kut-"))
         environment = Path(folder) / "environment"
         environment.write_text("QEMU_ACCEL=tcg\nERRATA_FORCE=y\n")
+        lab = stack.enter_context(launch()) if arguments.shared else None
+        setting = Setting(arguments.limit, environment, arguments.logs, lab)
         for _ in range(arguments.rounds):
             for case in chosen:
                 for side in (OURS, QEMU):
-                    one = run(side, case, arguments.limit, environment, arguments.logs)
+                    one = run(side, case, setting)
                     before = rows.setdefault(case.name, {}).get(side)
                     if before is not None:
                         one.wall, one.cpu = before.wall + one.wall, before.cpu + one.cpu

@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say, our errors say
     signal.signal(signal.SIGTERM, _terminate)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(run.with_seed(given) if given[:1] == ["run"] else given, standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.INTERNAL

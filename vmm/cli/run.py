@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from vmm.cli import options
 from vmm.cli.boot import Boot, boot
 from vmm.cli.qemu_options import parse_design_options, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab.errors import BadArgument
+
+DETERMINISTIC, DEFAULT_SEED = "--deterministic", 0
+
+
+def with_seed(arguments: Sequence[str]) -> list[str]:
+    """Arguments of `run` with the default seed behind a --deterministic that no number follows."""
+    complete: list[str] = []
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        complete.append(argument)
+        if argument == DETERMINISTIC and not after.lstrip("-").isdecimal():
+            complete.append(str(DEFAULT_SEED))
+    return complete
 
 
 def run(
@@ -55,7 +68,13 @@ def run(
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Stop it then.", min=0)] = 0,
     deterministic: Annotated[
         int | None,
-        typer.Option("--deterministic", metavar="SEED", min=0, max=(1 << 64) - 1, help="A run that repeats exactly."),
+        typer.Option(
+            DETERMINISTIC,
+            metavar="[SEED]",
+            min=0,
+            max=(1 << 64) - 1,
+            help=f"A run that repeats exactly; the seed is {DEFAULT_SEED} if no number follows.",
+        ),
     ] = None,
     exit_log: Annotated[
         str, typer.Option("--exit-log", metavar="FILE", help="A line for each exit, to compare runs with diff.")

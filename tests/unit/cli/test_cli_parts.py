@@ -12,6 +12,7 @@ from vmm.cli import checks
 from vmm.cli.exit_codes import OF_ERROR, ExitCode, of_debug_exit, of_error
 from vmm.cli.inspect import hex_lines, registers_as_dict
 from vmm.cli.qemu_options import FlatStart, SerialTarget, parse_flat, parse_modules, parse_ram, parse_serial
+from vmm.cli.run import with_seed
 from vtlab import errors, status
 from vtlab.client.describe import describe_exit, detail
 from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2
@@ -75,6 +76,21 @@ def test_flat() -> None:
     for bad in ("x", "-1", "0,virtual", ",real"):
         with pytest.raises(errors.BadArgument, match=f"--flat {bad}"):
             parse_flat(bad)
+
+
+@pytest.mark.parametrize(
+    ("given_options", "complete"),
+    [
+        ("--deterministic", "--deterministic 0"),
+        ("--deterministic guest.elf", "--deterministic 0 guest.elf"),
+        ("--deterministic 7 guest.elf", "--deterministic 7 guest.elf"),
+        ("guest.elf --deterministic -m 64", "guest.elf --deterministic 0 -m 64"),
+        ("guest.elf --deterministic -1", "guest.elf --deterministic -1"),  # is refused
+        ("guest.elf", "guest.elf"),
+    ],
+)
+def test_a_run_that_repeats_needs_no_seed(given_options: str, complete: str) -> None:
+    assert with_seed(given_options.split()) == complete.split()
 
 
 def test_every_error_has_a_code_that_no_guest_can_return() -> None:
