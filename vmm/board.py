@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.connections import Connections
 from vmm.devices.bus import PortBus
+from vmm.devices.disk import Disk
 from vmm.events import EventLog
 from vmm.gate import Gate
 from vmm.hyperv_msrs import SyntheticMsrs
@@ -107,6 +108,7 @@ class Board:
     connections: Connections = field(default_factory=Connections)
     profile: VsmProfile = DEFAULT_PROFILE
     upper_msrs: SyntheticMsrs | None = None
+    disk: Disk | None = None
     serving: threading.RLock = field(default_factory=threading.RLock)
     over: bool = False
     ledger: Ledger = field(default_factory=Ledger)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from vmm import processor_state
 from vmm.board import Board
+from vmm.devices.disk import Disk
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1
 from vmm.vtl1 import enter_vtl1, take_updates
@@ -45,6 +46,24 @@ def write_memory(board: Board, gpa: int, data: bytes) -> None:
         raise BadArgument("data", f"{len(data)} bytes are more than {MAX_TRANSFER}")
     with board.gate.none_inside():
         board.memory.write(gpa, data)
+
+
+def read_disk(board: Board, offset: int, size: int) -> bytes:
+    if size > MAX_TRANSFER:
+        raise BadArgument("size", f"{size} bytes are more than {MAX_TRANSFER}")
+    return _disk(board).read(offset, size)
+
+
+def write_disk(board: Board, offset: int, data: bytes) -> None:
+    if len(data) > MAX_TRANSFER:
+        raise BadArgument("data", f"{len(data)} bytes are more than {MAX_TRANSFER}")
+    _disk(board).write(offset, data)
+
+
+def _disk(board: Board) -> Disk:
+    if board.disk is None:
+        raise Unsupported(f"machine '{board.vm}'", "has no disk")
+    return board.disk
 
 
 def write_serial(board: Board, port: int, data: bytes) -> None:

@@ -19,6 +19,7 @@ from vmm import client_access, designs
 from vmm.board import Board, Ending, reset_wanted
 from vmm.devices import optional
 from vmm.devices.bus import PortBus
+from vmm.devices.disk import Disk, DiskController
 from vmm.devices.fw_cfg import FwCfg
 from vmm.devices.testdev import TestDevice
 from vmm.events import EventLog
@@ -97,6 +98,7 @@ class Machine:
             directory.chmod(stat.S_IMODE(directory.stat().st_mode) & stat.S_ISGID | 0o751)
             self._image = self._place_images(images)
             self._memory = Memory(directory, spec.ram_size, self._code_written)
+            self._disk = self._open_disk()
             if self._guest_code:
                 create_turn_file(directory)
             self._board = self._new_board()
@@ -124,6 +126,7 @@ class Machine:
         self._debug_exit = known.debug_exit if known.HasField("debug_exit") else None
         self._image = past.machine.image
         self._memory = Memory.reopened(directory, known.spec.ram_size, self._code_written, past.pages)
+        self._disk = self._open_disk()
         self._board = self._new_board()
         past.restore(self._board)
         self._revive(renewing=past.machine.renewing)
@@ -154,6 +157,7 @@ class Machine:
         self._generation = 1
         self._control = threading.RLock()
         self._threads: list[threading.Thread] = []
+        self._disk = None
 
     def _revive(self, *, renewing: bool) -> None:
         with self._control:
@@ -415,8 +419,11 @@ class Machine:
             processors=processors,
             profile=PROFILES[spec.vsm_profile or DEFAULT_PROFILE.name],
             upper_msrs=SyntheticMsrs(self._memory, vtl=VTL1) if self._guest_code else None,
+            disk=self._disk,
             ledger=self._ledger,
         )
+        if self._disk is not None:
+            board.ports.add(DiskController(self._disk, self._memory, self._log_device, self._design.device_rights))
         for device in optional.build(board):
             board.ports.add(device)
         processors += [
@@ -427,6 +434,9 @@ class Machine:
         if wanted.ByteSize():
             board.watch_all(wanted)
         return board
+
+    def _open_disk(self) -> Disk | None:
+        return Disk(self._directory / "disk", self.spec.disk_size) if self.spec.disk_size else None
 
     @property
     def _guest_code(self) -> bool:
@@ -543,6 +553,8 @@ class Machine:
         memory = getattr(self, "_memory", None)
         if memory is not None:
             memory.close()
+        if self._disk is not None:
+            self._disk.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         self.events.close()
 

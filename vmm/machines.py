@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vmm import designs
 from vmm.devices import optional
+from vmm.devices.disk import MAX_SIZE as MAX_DISK
 from vmm.events import CAPACITY, LARGE_CAPACITY, LARGE_WEIGHT, WEIGHT, EventLog
 from vmm.images import ImageStore
 from vmm.journal import Journal
@@ -22,6 +23,7 @@ from vmm.machine import Machine
 from vmm.past import Past
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, VtlabError
 from vtlab.hyperv.profiles import PROFILES
+from vtlab.ram import PAGE_SIZE
 from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE
 from vtlab.v1.vmm_pb2 import MachineSpec
 
@@ -138,6 +140,8 @@ def check_spec(vm: str, spec: MachineSpec) -> None:
         ("vm", lambda: bool(_NAME.fullmatch(vm)), "1 to 63 letters, digits, dots, dashes or underscores"),
         ("spec.ram_size", lambda: 0 < spec.ram_size <= MAX_RAM, f"1 to {MAX_RAM} bytes"),
         ("spec.ram_size", lambda: spec.ram_size % RAM_GRANULE == 0, "a multiple of 2 MiB"),
+        ("spec.disk_size", lambda: spec.disk_size <= MAX_DISK, f"0 to {MAX_DISK} bytes"),
+        ("spec.disk_size", lambda: spec.disk_size % PAGE_SIZE == 0, f"a multiple of {PAGE_SIZE}"),
         ("spec.vp_count", lambda: 0 < spec.vp_count <= MAX_VP_COUNT, f"1 to {MAX_VP_COUNT}"),
         ("spec.vsm_profile", lambda: spec.vsm_profile in ("", *PROFILES), " or ".join(PROFILES)),
         ("spec.design", lambda: spec.design in ("", *designs.NAMES), " or ".join(designs.NAMES)),

@@ -133,6 +133,16 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
             client_access.write_serial(board, request.port, request.data)
             return vmm_pb2.WriteSerialResponse()
 
+    def ReadDisk(self, request: vmm_pb2.ReadDiskRequest, context: grpc.ServicerContext) -> vmm_pb2.ReadDiskResponse:
+        with self._machines.get(request.vm).doing(Operation.READ_DISK) as board:
+            data = client_access.read_disk(board, request.offset, request.size)
+            return vmm_pb2.ReadDiskResponse(data=data)
+
+    def WriteDisk(self, request: vmm_pb2.WriteDiskRequest, context: grpc.ServicerContext) -> vmm_pb2.WriteDiskResponse:
+        with self._machines.get(request.vm).doing(Operation.WRITE_DISK) as board:
+            client_access.write_disk(board, request.offset, request.data)
+            return vmm_pb2.WriteDiskResponse()
+
     def WatchEvents(  # type: ignore[override]
         self, request: vmm_pb2.WatchEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[bytes]:

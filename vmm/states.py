@@ -25,6 +25,8 @@ class Operation(StrEnum):
     TRANSLATE = "translate"
     HIJACK = "hijack"
     WRITE_SERIAL = "write serial"
+    READ_DISK = "read disk"
+    WRITE_DISK = "write disk"
     GUARD = "guard"
     SET_FILTERS = "set filters"
     # From inside: a vCPU ended, asked for a reset, or broke.
@@ -41,6 +43,8 @@ FAILED = vmm_pb2.MACHINE_STATE_FAILED
 STATES = (CREATED, RUNNING, PAUSED, STOPPED, FAILED)
 
 _LOOK = (Operation.GET_REGISTERS, Operation.READ_MEMORY, Operation.TRANSLATE)
+# The disk can be taken out of a machine that is off.
+_DISK = (Operation.READ_DISK, Operation.WRITE_DISK)
 _CHANGE = (Operation.SET_REGISTERS, Operation.WRITE_MEMORY, Operation.WRITE_SERIAL, Operation.SET_FILTERS)
 
 
@@ -52,13 +56,13 @@ _O = Operation
 # state -> operation -> state after it. DESTROY leads out of the table; FAILED stands for that there.
 MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
     CREATED: {
-        **_stay(CREATED, *_LOOK, *_CHANGE),
+        **_stay(CREATED, *_LOOK, *_CHANGE, *_DISK),
         _O.START: RUNNING,
         _O.DESTROY: FAILED,
         _O.BREAK: FAILED,
     },
     RUNNING: {
-        **_stay(RUNNING, *_LOOK, *_CHANGE, _O.HIJACK, _O.GUARD, _O.RESET, _O.GUEST_RESETS),
+        **_stay(RUNNING, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.RESET, _O.GUEST_RESETS),
         _O.PAUSE: PAUSED,
         _O.STOP: STOPPED,
         _O.DESTROY: FAILED,
@@ -66,7 +70,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     PAUSED: {
-        **_stay(PAUSED, *_LOOK, *_CHANGE, _O.HIJACK, _O.GUARD),
+        **_stay(PAUSED, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD),
         _O.RESUME: RUNNING,
         _O.STOP: STOPPED,
         _O.RESET: RUNNING,
@@ -76,7 +80,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     STOPPED: {
-        **_stay(STOPPED, *_LOOK),
+        **_stay(STOPPED, *_LOOK, *_DISK),
         _O.RESET: RUNNING,
         _O.DESTROY: FAILED,
         _O.BREAK: FAILED,

@@ -6,7 +6,7 @@ program below. Nothing of VTL0 runs on this vCPU meanwhile, and if no answer com
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 from vmm.board import Answer, Board, reset_wanted, stopped, succeeded
@@ -45,20 +45,29 @@ def _until_return(board: Board, processor: Processor, exit_: Exit, enter: Enter)
         if kind == "vtl_return":
             processor.vtl.active = caller
             return exit_.vtl_return
-        if kind != "protect":
+        serve = _ASKED.get(kind or "")
+        if serve is None:
             raise GuestMisbehaved(f"VTL1 of {board.vm}", f"exits with {kind or 'nothing'}")
-        try:
-            board.protect(exit_.protect.protections)
-            status = HvStatus.SUCCESS
-        except BadArgument:
-            status = HvStatus.INVALID_PARAMETER
-        enter = Enter(
-            reason=vcpu_pb2.ENTER_REASON_RESUME,
-            status=status,
-            cause=enter.cause,
-            cause_vp_index=enter.cause_vp_index,
-        )
+        cause, vp_index = enter.cause, enter.cause_vp_index
+        enter = serve(board, processor, exit_)
+        enter.reason, enter.cause, enter.cause_vp_index = vcpu_pb2.ENTER_REASON_RESUME, cause, vp_index
         exit_ = processor.run_monitor(enter)
+
+
+def _protect(board: Board, _processor: Processor, exit_: Exit) -> Enter:
+    try:
+        board.protect(exit_.protect.protections)
+    except BadArgument:
+        return Enter(status=HvStatus.INVALID_PARAMETER)
+    return Enter(status=HvStatus.SUCCESS)
+
+
+def _state(board: Board, processor: Processor, _exit: Exit) -> Enter:
+    return Enter(state=board.guest.state(processor.index))
+
+
+# What VTL1 may ask for before it returns.
+_ASKED: dict[str, Callable[[Board, Processor, Exit], Enter]] = {"protect": _protect, "state_request": _state}
 
 
 def finish_reopened(board: Board, processor: Processor) -> VtlReturn | None:
@@ -77,6 +86,10 @@ def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> list[
     Raises:
         BadArgument: page rights that cannot be given. VTL1 cannot be told any more, so the machine has to stop.
     """
+    if answer.peers:
+        with board.gate.none_inside() if answer.stop_all else nullcontext():
+            for peer in answer.peers:
+                _take_peer_update(board, peer)
     rest = []
     for update in answer.updates:
         kind = update.WhichOneof("change")
@@ -88,19 +101,17 @@ def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> list[
             processor.post(update)  # behind what waits: the last filter counts
             continue
         rest.append(update)
-    if answer.peers:
-        with board.gate.none_inside() if answer.stop_all else nullcontext():
-            for peer in answer.peers:
-                _take_peer_update(board, peer)
     return rest
 
 
 def _take_peer_update(board: Board, peer: PeerUpdate) -> None:
-    """The filter of another vCPU, before that one runs again."""
-    if peer.vp_index >= len(board.processors) or not peer.update.HasField("intercepts"):
-        raise GuestMisbehaved(f"VTL1 of {board.vm}", f"updates vCPU {peer.vp_index} with something else than a filter")
+    """The filter of another vCPU, or its end until SIPI, before that one runs again."""
+    kind = peer.update.WhichOneof("change")
+    if peer.vp_index >= len(board.processors) or kind not in ("intercepts", "park_processor"):
+        raise GuestMisbehaved(f"VTL1 of {board.vm}", f"updates vCPU {peer.vp_index} with {kind or 'nothing'}")
     other = board.processors[peer.vp_index]
-    other.watched = Watched(peer.update.intercepts)
+    if kind == "intercepts":
+        other.watched = Watched(peer.update.intercepts)
     other.post(peer.update)
 
 

@@ -13,6 +13,7 @@ from vtl1_monitor.machine import Machine
 from vtl1_monitor.rights import Change, Run
 from vtl1_monitor.sealed import BrokenSeal, SealedStore
 from vtl1_monitor.snapshot import Interrupted, Sealed
+from vtl1_monitor.tickets import Ticket
 from vtlab.run_messages import numbered
 from vtlab.session import Session
 from vtlab.v1 import vcpu_pb2
@@ -41,7 +42,7 @@ class Keeper:
         if content is None:
             return None
         try:
-            self.sealed = snapshot.load_sealed(content)
+            self.sealed = snapshot.load_value(content, Sealed)
         except Exception as error:  # noqa: BLE001 - a content of another version may fail in any way
             raise BrokenSeal(f"the sealed store cannot be read: {type(error).__name__}: {error}") from None
         return self.sealed
@@ -50,12 +51,13 @@ class Keeper:
         """A machine in its first state."""
         self.sealed.request, self.sealed.machine = request.SerializeToString(), snapshot.dump(machine)
         self.sealed.sessions, self.sealed.interrupted = [], None
+        self.sealed.tickets = machine.tickets.kept()
         self._seal()
 
-    def detached(self) -> None:
-        """No machine; operators' policies stay."""
-        self.sealed = Sealed(overrides=self.sealed.overrides)
-        if self.sealed.overrides:
+    def detached(self, overrides: dict[str, tuple[str, str]], tickets: dict[str, Ticket]) -> None:
+        """No machine; operators' policies stay, and what may be restored."""
+        self.sealed = Sealed(overrides=overrides, tickets=tickets)
+        if overrides or tickets:
             self._seal()
         else:
             self._store.wipe()
@@ -67,7 +69,7 @@ class Keeper:
 
     def changed(self, machine: Machine, overrides: dict[str, tuple[str, str]]) -> None:
         """By an operator."""
-        self.sealed.overrides = overrides
+        self.sealed.overrides, self.sealed.tickets = overrides, machine.tickets.kept()
         if machine.serving is None:
             self.sealed.machine = snapshot.dump(machine)
         self._seal()
@@ -76,23 +78,25 @@ class Keeper:
         self, machine: Machine, sessions: Sequence[Session], vp_index: int, enter: vcpu_pb2.Enter, exit_: vcpu_pb2.Exit
     ) -> None:
         """An exit is about to leave: seals what led to it, if anything changed."""
-        sealed = self.sealed
-        if exit_.HasField("protect"):
+        sealed, tickets = self.sealed, machine.tickets.kept()
+        if exit_.HasField("protect") or exit_.HasField("state_request"):
             if sealed.interrupted is None:
                 sealed.interrupted = Interrupted(vp_index, enter.SerializeToString())
-            sealed.interrupted.asked.append(exit_.protect.SerializeToString())
+            if exit_.HasField("protect"):
+                sealed.interrupted.asked.append(exit_.protect.SerializeToString())
         else:
             state = snapshot.dump(machine)
-            if state == sealed.machine and sealed.interrupted is None:
+            if state == sealed.machine and sealed.interrupted is None and tickets == sealed.tickets:
                 return
             sealed.machine, sealed.interrupted = state, None
+        sealed.tickets = tickets
         sealed.sessions = [session.kept for session in sessions]
         answer = numbered(exit_.SerializeToString(), enter.sequence)
         sealed.sessions[vp_index] = enter.sequence, enter.SerializeToString(), answer
         self._seal()
 
     def _seal(self) -> None:
-        self._store.seal(snapshot.dump_sealed(self.sealed))
+        self._store.seal(snapshot.dump_value(self.sealed))
 
 
 def after_interruption(machine: Machine, interrupted: Interrupted) -> list[Change]:

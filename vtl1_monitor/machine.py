@@ -26,6 +26,7 @@ from vtl1_monitor.sleep_judge import judge_sleep
 from vtl1_monitor.startup_judge import KEPT, judge_startup, kept
 from vtl1_monitor.state_load import judge_load
 from vtl1_monitor.table_guard import TableGuard
+from vtl1_monitor.tickets import Tickets
 from vtl1_monitor.verdicts import VerdictLog
 from vtlab.errors import WrongState
 from vtlab.ram import PAGE_SIZE, RamFile
@@ -103,6 +104,7 @@ class Machine:
         memory: GuestMemory,
         image: BootImage,
         rules_in_code: Iterable[CodeRule] = (),
+        tickets: Tickets | None = None,
     ) -> None:
         self.vm = vm
         self.generation = generation
@@ -115,6 +117,9 @@ class Machine:
         self.verdicts = VerdictLog()
         self.code_rules = api.copies(rules_in_code)
         self.secrets = Secrets()
+        self.tickets = tickets or Tickets()
+        # The image that HIBERNATE sealed, until VTL0 goes on instead.
+        self.hibernation: Run | None = None
 
         self.override: PolicyText | None = None
         self.operator_locked = False
@@ -263,7 +268,7 @@ class Machine:
             return verdict
         for grant in self.grants:
             if verdict.rule in grant.allows:
-                self.grants.remove(grant)
+                self._use_up(grant)
                 reason = f"{verdict.resolution.reason}; allowed once by action {grant.name}"
                 return Verdict(vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT, reason=reason), verdict.rule)
         return verdict
@@ -358,9 +363,13 @@ class Machine:
         """Uses up a grant for a service, if there is one."""
         for grant in self.grants:
             if service in grant.services:
-                self.grants.remove(grant)
+                self._use_up(grant)
                 return True
         return False
+
+    def _use_up(self, grant: Action) -> None:
+        self.grants.remove(grant)
+        self.tickets.void(self.vm)  # what was sealed still has it
 
     def break_down(self, reason: str) -> None:
         """From here every service is refused and every intercept halts: what holds is unknown or wrong."""

@@ -25,6 +25,7 @@ from vtl1_monitor.policy.text import PolicyText, parse
 from vtl1_monitor.quotes import Quoter
 from vtl1_monitor.sealed import BrokenSeal, SealedStore
 from vtl1_monitor.snapshot import Sealed
+from vtl1_monitor.tickets import Tickets
 from vtlab.attestation import NONCE_SIZES
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, VtlabError, WrongState
 from vtlab.ram import TURN_FILE, Ram, RamFile
@@ -63,6 +64,7 @@ class Monitor:
         self._silence = Wakes()
         # An operator's policy, and its lock, outlive a reset of the machine; destroying the machine ends them.
         self._overrides: dict[str, PolicyText] = {}
+        self._tickets = Tickets()
 
     # ------------------------------------------------------------------------------------- for the VMM
 
@@ -113,6 +115,7 @@ class Monitor:
             sealed = self._keeper.load()
             if sealed is not None:
                 self._overrides = {vm: parse(text, name) for vm, (text, name) in sealed.overrides.items()}
+                self._tickets = Tickets(sealed.tickets)
                 if sealed.request:
                     self._restore_machine(sealed)
         except (BrokenSeal, VtlabError, PolicyProblems, OSError, ValueError) as error:
@@ -154,7 +157,9 @@ class Monitor:
             ram = Ram(directory, request.ram_size, "vtl1")
         except (OSError, ValueError) as error:
             raise BadArgument("memory_directory", str(error)) from None
-        return Machine(request.vm, request.generation, request.vp_count, GuestMemory(ram), image, self._rules)
+        return Machine(
+            request.vm, request.generation, request.vp_count, GuestMemory(ram), image, self._rules, self._tickets
+        )
 
     def reference(self) -> vcpu_pb2.ReferenceClock | None:
         """The clock that VTL0 shares with guest code at VTL1; None where a policy answers."""
@@ -179,9 +184,9 @@ class Monitor:
             self._close()
             if not reset:
                 self._overrides.pop(vm, None)
+                self._tickets.forget(vm)
             if self._keeper is not None:
-                self._keeper.sealed.overrides = self._policies()
-                self._keeper.detached()
+                self._keeper.detached(self._policies(), self._tickets.kept())
 
     def _policies(self) -> dict[str, tuple[str, str]]:
         return {vm: (policy.text, policy.file_name) for vm, policy in self._overrides.items()}
@@ -278,6 +283,7 @@ class Monitor:
         machine = self._require(vm)
         with machine.turn:
             machine.operator_locked = True
+            self._tickets.void(vm)  # what was sealed is not locked
             self._keep_operators(machine)
             return machine.status()
 

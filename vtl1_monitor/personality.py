@@ -97,6 +97,8 @@ class PolicyProcessor:
         return call, serve(call)
 
     def _resume(self, enter: vcpu_pb2.Enter) -> vcpu_pb2.Exit:
+        if self._call is not None and enter.HasField("state"):
+            self._call.state.CopyFrom(enter.state)
         return self._advance(enter.status)
 
     def _advance(self, status: int | None) -> vcpu_pb2.Exit:
@@ -124,6 +126,8 @@ class PolicyProcessor:
             raise
         self._steps = steps
         self._machine.serve_for(self)
+        if isinstance(request, vcpu_pb2.StateRequest):
+            return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, state_request=request)
         return vcpu_pb2.Exit(vp_index=self._vp_index, vtl=VTL, protect=request)
 
     def _refused(self, call: Call, refusal: Refused) -> vcpu_pb2.Exit:
@@ -148,7 +152,7 @@ class PolicyProcessor:
             return self._vtl_return(call.resolution, call.updates)
         update = vcpu_pb2.Update()
         update.register.name, update.register.value = registers_pb2.REGISTER_NAME_R8, result % (1 << 64)
-        return self._vtl_return(call.resolution, [*call.updates, update])
+        return self._vtl_return(call.resolution, [*call.updates, update], parks_others=call.parks_others)
 
     def _halted(self) -> vcpu_pb2.Exit:
         """The answer to everything once the machine is broken."""
@@ -205,7 +209,9 @@ class PolicyProcessor:
         call = Call(self._machine, self._vp_index, _GUARD, enter.registers)
         return call, guard(call)
 
-    def _vtl_return(self, resolution: vcpu_pb2.Resolution | None, updates: list[vcpu_pb2.Update]) -> vcpu_pb2.Exit:
+    def _vtl_return(
+        self, resolution: vcpu_pb2.Resolution | None, updates: list[vcpu_pb2.Update], *, parks_others: bool = False
+    ) -> vcpu_pb2.Exit:
         pending = self._machine.pending_filter(self._vp_index)
         if pending is not None:
             updates.append(vcpu_pb2.Update(intercepts=pending))
@@ -222,6 +228,9 @@ class PolicyProcessor:
         for index in range(len(self._machine.processors)):
             if index != self._vp_index:
                 stop_all = stop_all or self._machine.lacks_strict_filter(index)
+                if parks_others:
+                    park = vcpu_pb2.Update(park_processor=vcpu_pb2.ParkProcessor())
+                    answer.peers.append(vcpu_pb2.PeerUpdate(vp_index=index, update=park))
                 changed = self._machine.pending_filter(index)
                 if changed is not None:
                     update = vcpu_pb2.Update(intercepts=changed)

@@ -17,7 +17,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-_MAGIC = b"vtlab sealed 1\0\0"
+_MAGIC = b"vtlab sealed 2\0\0"
 _HEADER = struct.Struct("<16sQ")
 _COUNTER = struct.Struct("<Q")
 _NONCE, _KEY = 12, 32

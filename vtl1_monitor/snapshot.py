@@ -10,15 +10,18 @@ from __future__ import annotations
 import io
 import pickle
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from vtl1_monitor.machine import Machine
 from vtl1_monitor.policy.text import PolicyText, parse
+from vtl1_monitor.tickets import Ticket
 
-_PROCESS = frozenset({"memory", "image", "turn", "serving", "closed", "verdicts", "code_rules", "vm", "generation"})
+_PROCESS = frozenset(
+    {"memory", "image", "turn", "serving", "closed", "verdicts", "code_rules", "vm", "generation", "tickets"}
+)
 _CLASSES_OF = ("vtl1_monitor.", "vtlab.")
 _PLAIN = {
     "builtins": {"set", "frozenset", "bytearray", "object", "getattr"},
@@ -54,6 +57,7 @@ class Sealed:
         sessions: of each vCPU, number, enter and exit of its last enter, serialized.
         interrupted: None if no service is in progress.
         overrides: operators' policies: name of the machine -> text and file name.
+        tickets: what may be restored, by name of the machine.
     """
 
     request: bytes = b""
@@ -61,6 +65,7 @@ class Sealed:
     sessions: list[tuple[int, bytes, bytes]] = field(default_factory=list)
     interrupted: Interrupted | None = None
     overrides: dict[str, tuple[str, str]] = field(default_factory=dict)
+    tickets: dict[str, Ticket] = field(default_factory=dict)
 
 
 def _of_the_process(machine: Machine | None) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def dump(machine: Machine) -> bytes:
 def load(machine: Machine, data: bytes) -> None:
     """Gives a new Machine that state, and VTL1's memory in the guest the keys that it had."""
     memory = machine.memory
-    state, (codes, owners), secrets = _Unpickler(io.BytesIO(data), machine).load()
+    state, (codes, owners), secrets = _load(data, machine)
     memory.codes[:] = codes
     memory.set_owners(owners)
     vars(machine).update(state)
@@ -130,13 +135,34 @@ def load(machine: Machine, data: bytes) -> None:
         machine.guard.recount()
 
 
-def dump_sealed(sealed: Sealed) -> bytes:
-    return _dump(sealed, None)
+def pages_of(machine: Machine, data: bytes) -> tuple[bytes, tuple[bytes, list[str]]]:
+    """What load() would make of pages: their codes, and owners as of GuestMemory.owners()."""
+    _, pages, _ = _load(data, machine)
+    return pages  # type: ignore[no-any-return]
 
 
-def load_sealed(data: bytes) -> Sealed:
-    """Raises pickle.UnpicklingError, or whatever a content of another version leads to."""
-    sealed = _Unpickler(io.BytesIO(data), None).load()
-    if not isinstance(sealed, Sealed):
-        raise pickle.UnpicklingError("is no sealed machine")
-    return sealed
+def override_of(machine: Machine, data: bytes) -> str | None:
+    """Text of the operator's policy that load() would bring back."""
+    state, _, _ = _load(data, machine)
+    override: PolicyText | None = state["override"]
+    return override.text if override is not None else None
+
+
+def _load(data: bytes, machine: Machine | None) -> Any:
+    return _Unpickler(io.BytesIO(data), machine).load()
+
+
+Value = TypeVar("Value")
+
+
+def dump_value(value: object) -> bytes:
+    """Something of the monitor's own that refers to nothing of the process."""
+    return _dump(value, None)
+
+
+def load_value(data: bytes, kind: type[Value]) -> Value:
+    """The inverse. Raises pickle.UnpicklingError, or whatever a content of another version leads to."""
+    value = _load(data, None)
+    if not isinstance(value, kind):
+        raise pickle.UnpicklingError(f"is no {kind.__name__}")
+    return value

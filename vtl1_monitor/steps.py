@@ -14,8 +14,10 @@ from vtl1_monitor.rights import Change, Scattered
 from vtlab.v1 import vcpu_pb2
 
 Protect = vcpu_pb2.Protect
-Steps = Generator[Protect, int, int]
-"""What a service is: yields Protect, is sent the status (0 or an HV_STATUS), returns the result for R8."""
+Request = vcpu_pb2.Protect | vcpu_pb2.StateRequest
+Steps = Generator[Request, int, int]
+"""What a service is: yields Protect and is sent the status (0 or an HV_STATUS), or StateRequest and finds the answer in
+Call.state; returns the result for R8."""
 
 
 class ProtectFailed(Exception):

@@ -51,6 +51,13 @@ class Service(IntEnum):
     UPGRADE = 0x1FF07
     """(pa, size): a signed policy, newer than the one in force, takes its place: UPGRADE_HEADER, the text, a signature
     as of a module file over both."""
+    HIBERNATE = 0x1FF08
+    """(pa of an image, pages of room): seals a copy of memory that VTL0 has made for a disk, and puts what VTL1 needs
+    to go on behind it, encrypted; returns the bytes of that. pa 0: VTL0 goes on instead, and the copy is its own again.
+    See HIBERNATION_HEADER."""
+    RESTORE = 0x1FF09
+    """(pa of an image, pages): before TAKE_POLICY only. VTL1 puts the machine back to where HIBERNATE was called, and
+    VTL0 goes on there. Comes back only if nothing was tried; an image that is not the one is a RESET."""
     PATCH_TEXT = 0x1FFEB
     """(pa of a HEKI_PATCH, pa of the page its rest is in or 0): writes one listed patch into sealed text."""
 
@@ -158,6 +165,19 @@ KEXEC_KIMAGE = Struct("<Q8x")
 KEXEC_MODULE = Struct("<QQ32s")
 """First byte, byte after the last, command line padded with NULs."""
 KEXEC_MODULES = 64
+
+
+HIBERNATION_MAGIC = b"vtlab memory 1\0\0"
+HIBERNATION_HEADER = Struct("<16sQQQQ")
+"""First page of an image, page-aligned and in one piece: HIBERNATION_MAGIC; number of pages that are kept; bytes of
+VTL1's state, written by VTL1; RIP and RSP at which vCPU 0 goes on. The rest of the page is the kernel's own. Then
+follow the numbers of the kept guest pages (u64, whole pages), these pages in that order, and VTL1's state."""
+MAX_HIBERNATION_STATE = 16 << 20
+"""Bytes of VTL1's state."""
+SEALED_STATE_HEADER = Struct("<16s32sQ12s")
+"""Head of VTL1's state: SEALED_STATE_MAGIC; SHA-256 of the machine's name; number of the image; nonce. AES-256-GCM
+follows, which authenticates this head. The key stays with the monitor."""
+SEALED_STATE_MAGIC = b"vtlab state 1\0\0\0"
 
 
 class KexecEntry(IntEnum):

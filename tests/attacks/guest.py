@@ -12,6 +12,7 @@ from vtlab.client.symbols import Symbols
 from vtlab_attacks.kernels import file, images, kernel, kernel_symbols
 
 RAM = 64 << 20
+DISK = 16 << 20
 BOOT_TIMEOUT = 60.0  # seconds
 
 
@@ -72,6 +73,7 @@ def boot(
     with lab.create(
         kernel(),
         ram=RAM,
+        disk=DISK,
         vp_count=vp_count,
         command_line=line,
         modules=modules(line),

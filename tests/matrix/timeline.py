@@ -15,7 +15,7 @@ from vtlab.hyperv.hypercalls import HypercallCode
 from vtlab.services import Service
 from vtlab.v1 import vmm_pb2
 
-LINES = 120  # of one cell; the middle counts least
+LINES = 200  # of one cell; the middle counts least
 LOOP_LINES, LOOP_TIMES = 6, 8  # so few lines, so often, are a loop
 COMMAND_PORT = 1
 

@@ -65,8 +65,9 @@ class Processor:
         self._environment = context.environment
         self._engine = context.engine
         self._origin = exits.origin_bytes(context.vp_index, context.vtl)
-        self._resolver = Resolver(core, context)
+        self._resolver = Resolver(core, context, self._park_at_enter)
         self._open: Operation | None = None
+        self._parked = False
         self._stopped: Operation | None = None
         self._kicked = False
         self._output_due = False
@@ -283,6 +284,8 @@ class Processor:
         updates = enter.updates
         if updates:
             self._resolver.prepare(updates)
+            if self._parked:
+                self._parked, open_operation = False, None
         if self._stopped is not None:
             return self._stopped
         try:
@@ -421,6 +424,14 @@ class Processor:
         self._core.sleep(self._context.vp_index)
         self._before_sleep = state.read(self._context)
         self._context.asleep = True
+
+    def _park_at_enter(self) -> None:
+        """An update wants it, in place of what the last exit was about."""
+        self.park()
+        self._context.smm.reset()
+        self._context.resume_pins()
+        self._smi_pending = False
+        self._parked = True
 
     def park(self) -> None:
         """What S3 makes of a processor that did not ask for it. Only while it has no turn."""

@@ -41,7 +41,7 @@ def fault_of(resolution: vcpu_pb2.Resolution) -> GuestFault | None:
 class Resolver:
     """Applies one processor's enters."""
 
-    def __init__(self, core: Core, context: Context) -> None:
+    def __init__(self, core: Core, context: Context, park: Callable[[], object]) -> None:
         self._core = core
         self._context = context
         self._actions = {
@@ -63,6 +63,7 @@ class Resolver:
             "hypercall_page": lambda update: core.set_hypercall_page(update.hypercall_page),
             "startup_window": self._open_window,
             "execute_control": self._control_execution,
+            "park_processor": lambda _update: park(),
             "flush_translations": lambda _update: context.engine.flush_translations(),
             **synthetic.CHECKS,
         }

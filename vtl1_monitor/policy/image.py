@@ -6,6 +6,7 @@ vtlab.errors.BadImage for files that cannot be read, NotFound for names that are
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
 
@@ -47,12 +48,14 @@ class BootImage:
 
     Attributes:
         name: the file, for messages.
+        sha256: of the file.
         is_elf: others have no sections and no symbols.
     """
 
     def __init__(self, data: bytes, name: str = "image", flat_address: int | None = None) -> None:
         """Reads the whole file at once, so that later lookups cannot fail half-way."""
         self.name = name
+        self.sha256 = hashlib.sha256(data).digest()
         self.is_elf = data[:4] == b"\x7fELF"
         self._segments: list[_Segment] = []
         self._sections: dict[str, Area] = {}

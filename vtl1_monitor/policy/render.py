@@ -7,7 +7,7 @@ from enum import IntFlag
 
 from vtl1_monitor.policy.bits import BITS
 from vtl1_monitor.policy.rules import MemoryRule, Rules, ValueRule
-from vtl1_monitor.policy.schema import Phase, SleepMode, SmmMode, Upgrade, Verified, Violation
+from vtl1_monitor.policy.schema import Hibernate, Phase, SleepMode, SmmMode, Upgrade, Verified, Violation
 from vtl1_monitor.rights import access_text
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import Service
@@ -118,6 +118,8 @@ def _lifecycle_lines(rules: Rules) -> Iterator[str]:
     if rules.lifecycle.minimum_kernel_version:
         yield f"kexec and kdump: no kernel below version {rules.lifecycle.minimum_kernel_version}"
     yield f"s3: {_SLEEP[rules.lifecycle.s3]}"
+    if rules.lifecycle.hibernate is Hibernate.REFUSE:
+        yield "hibernate: refused"
 
 
 def _service_lines(rules: Rules) -> Iterator[str]:

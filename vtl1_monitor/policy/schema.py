@@ -302,6 +302,13 @@ class Upgrade(Enum):
     REFUSE = "refuse"
 
 
+class Hibernate(Enum):
+    """What S4 is while VTL1 is enabled."""
+
+    SEAL = "seal"
+    REFUSE = "refuse"
+
+
 class Lifecycle(Model):
     """What the machine may become, and what of the rules its own life may undo meanwhile (docs/lifecycle.md)."""
 
@@ -313,6 +320,7 @@ class Lifecycle(Model):
     minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     s3: Annotated[SleepMode, _by_value(SleepMode)] = SleepMode.RESTORE
     waking: Name | None = None
+    hibernate: Annotated[Hibernate, _by_value(Hibernate)] = Hibernate.SEAL
 
 
 class Policy(Model):

@@ -40,6 +40,8 @@ class Call:
         resolution: set if VTL0 is not to go on as usual.
         again: it begins anew, since the monitor died in the middle; what it opened is open.
         stand_down: set if another kernel is to go on instead.
+        state: VTL0's whole state, once the service has asked for it.
+        parks_others: all other vCPUs wait for SIPI from here on.
     """
 
     machine: Machine
@@ -50,6 +52,8 @@ class Call:
     resolution: vcpu_pb2.Resolution | None = None
     again: bool = False
     stand_down: vcpu_pb2.StandDown | None = None
+    state: registers_pb2.ProcessorState = field(default_factory=registers_pb2.ProcessorState)
+    parks_others: bool = False
 
     @property
     def first(self) -> int:

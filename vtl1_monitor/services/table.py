@@ -8,6 +8,7 @@ from vtl1_monitor.services.authentication import authenticate, challenge
 from vtl1_monitor.services.boot import end_of_boot, lock_registers
 from vtl1_monitor.services.call import Call, Handler, Refused, immediate
 from vtl1_monitor.services.control_registers import write_control_register
+from vtl1_monitor.services.hibernate import hibernate, restore
 from vtl1_monitor.services.kexec import execute, validate
 from vtl1_monitor.services.load_kdata import load_kdata
 from vtl1_monitor.services.modules import free_module_init, unload_module, validate_module
@@ -42,12 +43,16 @@ HANDLERS: dict[Service, Handler] = {
     Service.KEXEC_VALIDATE: validate,
     Service.KEXEC_EXECUTE: execute,
     Service.UPGRADE: immediate(upgrade),
+    Service.HIBERNATE: hibernate,
+    Service.RESTORE: restore,
     Service.PATCH_TEXT: immediate(patch_text),
 }
 
 _BY_NUMBER = {int(service): service for service in Service}
 # Before a policy is taken.
-_WITHOUT_POLICY = frozenset({Service.PING, Service.TAKE_POLICY})
+_WITHOUT_POLICY = frozenset({Service.PING, Service.TAKE_POLICY, Service.RESTORE})
+# What leaves VTL1 as it was when it was sealed for hibernation.
+_STAYS_SEALED = frozenset({Service.PING, Service.HIBERNATE})
 
 
 def serve(call: Call) -> Steps:
@@ -63,4 +68,6 @@ def serve(call: Call) -> Steps:
             raise Refused(errno.EPERM, "boot has ended")
     elif machine.taken and service not in machine.rules.services and not machine.take_grant(service):
         raise Refused(errno.ENOSYS, "the policy does not offer it")
+    if machine.hibernation is not None and service not in _STAYS_SEALED:
+        machine.tickets.void(machine.vm)
     return (yield from HANDLERS[service](call))

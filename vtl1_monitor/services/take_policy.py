@@ -50,6 +50,7 @@ def adopt(call: Call, parsed: PolicyText, rules: Rules) -> Steps:
     """The policy counts from here on: memory is sealed and measured, the guest's tables are guarded if it says so."""
     machine = call.machine
     machine.taken = True
+    machine.tickets.void(machine.vm)  # from here on what was sealed before is history
     machine.policy, machine.rules = parsed, rules
     machine.rules_before_lock = rules.without_registers()
     machine.source = (

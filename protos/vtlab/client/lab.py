@@ -98,6 +98,7 @@ class Lab:
         *,
         name: str = "",
         ram: int = 64 << 20,
+        disk: int = 0,
         vp_count: int = 1,
         command_line: str = "",
         modules: Sequence[ImageSource | tuple[ImageSource, str]] = (),
@@ -122,6 +123,7 @@ class Lab:
             image: file or bytes to boot.
             name: of the machine; made up if empty.
             ram: bytes, a multiple of 2 MiB.
+            disk: bytes of a disk that outlives RESET and power-off, a multiple of 4096; 0 for none.
             vp_count: vCPUs.
             command_line: for the kernel.
             modules: files or bytes for the boot loader's module list, each alone or with its command line.
@@ -148,6 +150,7 @@ class Lab:
         files = [(read_image(source, ram), text) for source, text in pairs]
         spec = vmm_pb2.MachineSpec(
             ram_size=ram,
+            disk_size=disk,
             vp_count=vp_count,
             vtl1=design == DEFAULT_DESIGN if vtl1 is None else vtl1,
             stop_on_reset=stop_on_reset,

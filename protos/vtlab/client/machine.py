@@ -244,6 +244,22 @@ class Machine:
             data += self.read_memory(walk.gpa, min(size - len(data), PAGE_SIZE - at % PAGE_SIZE))
         return bytes(data)
 
+    def read_disk(self, offset: int, size: int) -> bytes:
+        """Bytes of its disk, also while it is off. Raises BadArgument, Unsupported without a disk."""
+        data = bytearray()
+        while len(data) < size:
+            part = min(size - len(data), MEMORY_CHUNK)
+            request = vmm_pb2.ReadDiskRequest(vm=self.name, offset=offset + len(data), size=part)
+            data += repeated(self._peer, self._stub.ReadDisk, request).data
+        return bytes(data)
+
+    def write_disk(self, offset: int, data: bytes) -> None:
+        """Writes to its disk, as whoever holds it can. Raises BadArgument, Unsupported without a disk."""
+        for start in range(0, len(data), MEMORY_CHUNK):
+            part = data[start : start + MEMORY_CHUNK]
+            request = vmm_pb2.WriteDiskRequest(vm=self.name, offset=offset + start, data=part)
+            repeated(self._peer, self._stub.WriteDisk, request)
+
     # ---------------------------------------------------------------------------------------- serial and events
 
     def write_serial(self, port: int, data: str | bytes) -> None:

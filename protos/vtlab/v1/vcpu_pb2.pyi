@@ -776,6 +776,7 @@ class Enter(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     CAUSE_VP_INDEX_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     sequence: _builtins.int
     """Counts enters of this vCPU at this level from 1."""
@@ -807,6 +808,10 @@ class Enter(_message.Message):
     def shared(self) -> _registers_pb2.SharedState:
         """With `registers`, where both levels run guest code: what the level that ran before leaves to this one."""
 
+    @_builtins.property
+    def state(self) -> _registers_pb2.ProcessorState:
+        """For RESUME after StateRequest."""
+
     def __init__(
         self,
         *,
@@ -821,10 +826,11 @@ class Enter(_message.Message):
         shared: _registers_pb2.SharedState | None = ...,
         cause: _builtins.int = ...,
         cause_vp_index: _builtins.int = ...,
+        state: _registers_pb2.ProcessorState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "state", b"state", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -910,6 +916,7 @@ class Update(_message.Message):
     STARTUP_WINDOW_FIELD_NUMBER: _builtins.int
     INTERRUPT_NOTICE_FIELD_NUMBER: _builtins.int
     EXECUTE_CONTROL_FIELD_NUMBER: _builtins.int
+    PARK_PROCESSOR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protection(self) -> Global___ProtectionUpdate: ...
     @_builtins.property
@@ -944,6 +951,8 @@ class Update(_message.Message):
     def interrupt_notice(self) -> Global___InterruptNotice: ...
     @_builtins.property
     def execute_control(self) -> Global___ExecuteControl: ...
+    @_builtins.property
+    def park_processor(self) -> Global___ParkProcessor: ...
     def __init__(
         self,
         *,
@@ -964,16 +973,34 @@ class Update(_message.Message):
         startup_window: Global___StartupWindow | None = ...,
         interrupt_notice: Global___InterruptNotice | None = ...,
         execute_control: Global___ExecuteControl | None = ...,
+        park_processor: Global___ParkProcessor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "park_processor", b"park_processor", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apic_interrupt", b"apic_interrupt", "change", b"change", "event", b"event", "execute_control", b"execute_control", "flush_translations", b"flush_translations", "hypercall_page", b"hypercall_page", "intercepts", b"intercepts", "interrupt_notice", b"interrupt_notice", "invalidate_code", b"invalidate_code", "msr", b"msr", "park_processor", b"park_processor", "protection", b"protection", "register", b"register", "serial_input", b"serial_input", "start_processor", b"start_processor", "startup_window", b"startup_window", "synic_event", b"synic_event", "synic_interrupt", b"synic_interrupt", "synic_message", b"synic_message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window", "interrupt_notice", "execute_control"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["protection", "intercepts", "register", "msr", "event", "serial_input", "invalidate_code", "hypercall_page", "synic_message", "synic_event", "start_processor", "apic_interrupt", "synic_interrupt", "flush_translations", "startup_window", "interrupt_notice", "execute_control", "park_processor"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
+
+@_typing.final
+class ParkProcessor(_message.Message):
+    """Leaves a vCPU as INIT does: it waits for SIPI, and what it was about to do never happens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkProcessor: _TypeAlias = ParkProcessor  # noqa: Y015
 
 @_typing.final
 class ExecuteControl(_message.Message):
@@ -1596,6 +1623,7 @@ class Exit(_message.Message):
     SLEEP_FIELD_NUMBER: _builtins.int
     VTL_RETURN_FIELD_NUMBER: _builtins.int
     PROTECT_FIELD_NUMBER: _builtins.int
+    STATE_REQUEST_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     vtl: _builtins.int
     """Level that ran."""
@@ -1665,6 +1693,8 @@ class Exit(_message.Message):
 
     @_builtins.property
     def protect(self) -> Global___Protect: ...
+    @_builtins.property
+    def state_request(self) -> Global___StateRequest: ...
     def __init__(
         self,
         *,
@@ -1698,12 +1728,13 @@ class Exit(_message.Message):
         sleep: Global___Sleep | None = ...,
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
+        state_request: Global___StateRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "sleep", "vtl_return", "protect"]  # noqa: Y015
+    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "sleep", "vtl_return", "protect", "state_request"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reason) -> _WhichOneofReturnType_reason | None: ...
 
@@ -2057,7 +2088,7 @@ class PowerOff(_message.Message):
 
     SOURCE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """"acpi s5"."""
+    """"ACPI S5", "ACPI S4"."""
     def __init__(
         self,
         *,
@@ -2324,7 +2355,7 @@ class PeerUpdate(_message.Message):
     vp_index: _builtins.int
     @_builtins.property
     def update(self) -> Global___Update:
-        """Intercepts."""
+        """Intercepts, or ParkProcessor."""
 
     def __init__(
         self,
@@ -2339,6 +2370,23 @@ class PeerUpdate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerUpdate: _TypeAlias = PeerUpdate  # noqa: Y015
+
+@_typing.final
+class StateRequest(_message.Message):
+    """VTL1's policy personality asks for the whole state of the vCPU that called, in the middle of a service; see Enter.state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateRequest: _TypeAlias = StateRequest  # noqa: Y015
 
 @_typing.final
 class Protect(_message.Message):

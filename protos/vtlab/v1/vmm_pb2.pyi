@@ -141,6 +141,7 @@ class MachineSpec(_message.Message):
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     KEEP_MEMORY_ON_RESET_FIELD_NUMBER: _builtins.int
+    DISK_SIZE_FIELD_NUMBER: _builtins.int
     ram_size: _builtins.int
     """Bytes of RAM, a multiple of 2 MiB."""
     vp_count: _builtins.int
@@ -165,6 +166,10 @@ class MachineSpec(_message.Message):
     keep_memory_on_reset: _builtins.bool
     """A RESET by the guest leaves in RAM what VTL0 could read, as on a PC, unless VTL1 is enabled and wants it zeroed
     (ZeroMemoryOnReset, its default). Off: every RESET zeroes RAM. VTL1's pages are zeroed in any case.
+    """
+    disk_size: _builtins.int
+    """Bytes of the machine's disk (vmm.devices.disk), a multiple of 4096; 0: it has none. What is on it outlives RESET and
+    power-off, and ends with the machine. Zeros at first.
     """
     @_builtins.property
     def image(self) -> _vcpu_pb2.BootImage:
@@ -199,10 +204,11 @@ class MachineSpec(_message.Message):
         deterministic: _builtins.bool = ...,
         seed: _builtins.int = ...,
         keep_memory_on_reset: _builtins.bool = ...,
+        disk_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "deterministic", b"deterministic", "devices", b"devices", "filters", b"filters", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "seed", b"seed", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["design", b"design", "design_options", b"design_options", "deterministic", b"deterministic", "devices", b"devices", "disk_size", b"disk_size", "filters", b"filters", "image", b"image", "keep_memory_on_reset", b"keep_memory_on_reset", "personality", b"personality", "ram_size", b"ram_size", "seed", b"seed", "stop_on_reset", b"stop_on_reset", "vp_count", b"vp_count", "vsm_profile", b"vsm_profile", "vtl1", b"vtl1"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1223,6 +1229,92 @@ class WriteSerialResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteSerialResponse: _TypeAlias = WriteSerialResponse  # noqa: Y015
+
+@_typing.final
+class ReadDiskRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    offset: _builtins.int
+    size: _builtins.int
+    """Bytes, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "size", b"size", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadDiskRequest: _TypeAlias = ReadDiskRequest  # noqa: Y015
+
+@_typing.final
+class ReadDiskResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadDiskResponse: _TypeAlias = ReadDiskResponse  # noqa: Y015
+
+@_typing.final
+class WriteDiskRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    offset: _builtins.int
+    data: _builtins.bytes
+    """At most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteDiskRequest: _TypeAlias = WriteDiskRequest  # noqa: Y015
+
+@_typing.final
+class WriteDiskResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteDiskResponse: _TypeAlias = WriteDiskResponse  # noqa: Y015
 
 @_typing.final
 class WatchEventsRequest(_message.Message):

@@ -130,6 +130,16 @@ class VmmServiceStub:
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.FromString,
                 _registered_method=True)
+        self.ReadDisk = channel.unary_unary(
+                '/vtlab.v1.VmmService/ReadDisk',
+                request_serializer=vtlab_dot_v1_dot_vmm__pb2.ReadDiskRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vmm__pb2.ReadDiskResponse.FromString,
+                _registered_method=True)
+        self.WriteDisk = channel.unary_unary(
+                '/vtlab.v1.VmmService/WriteDisk',
+                request_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteDiskRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteDiskResponse.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/vtlab.v1.VmmService/WatchEvents',
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.WatchEventsRequest.SerializeToString,
@@ -265,6 +275,19 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadDisk(self, request, context):
+        """The machine's disk, as whoever holds it can read and write it, also while the machine is off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteDisk(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """From the first event asked for; a reader that is too slow is told how many it missed.
         """
@@ -369,6 +392,16 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.WriteSerial,
                     request_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.SerializeToString,
+            ),
+            'ReadDisk': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadDisk,
+                    request_deserializer=vtlab_dot_v1_dot_vmm__pb2.ReadDiskRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vmm__pb2.ReadDiskResponse.SerializeToString,
+            ),
+            'WriteDisk': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteDisk,
+                    request_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteDiskRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteDiskResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -890,6 +923,60 @@ class VmmService:
             '/vtlab.v1.VmmService/WriteSerial',
             vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
             vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadDisk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VmmService/ReadDisk',
+            vtlab_dot_v1_dot_vmm__pb2.ReadDiskRequest.SerializeToString,
+            vtlab_dot_v1_dot_vmm__pb2.ReadDiskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteDisk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VmmService/WriteDisk',
+            vtlab_dot_v1_dot_vmm__pb2.WriteDiskRequest.SerializeToString,
+            vtlab_dot_v1_dot_vmm__pb2.WriteDiskResponse.FromString,
             options,
             channel_credentials,
             insecure,

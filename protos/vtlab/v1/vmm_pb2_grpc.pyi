@@ -63,6 +63,9 @@ class VmmServiceStub:
     SetUserspaceFilters: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]
     """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]
+    ReadDisk: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ReadDiskRequest, _vmm_pb2.ReadDiskResponse]
+    """The machine's disk, as whoever holds it can read and write it, also while the machine is off."""
+    WriteDisk: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteDiskRequest, _vmm_pb2.WriteDiskResponse]
     WatchEvents: _grpc.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
 
@@ -101,6 +104,9 @@ class VmmServiceAsyncStub(VmmServiceStub):
     SetUserspaceFilters: _aio.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]  # type: ignore[assignment]
     """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]  # type: ignore[assignment]
+    ReadDisk: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ReadDiskRequest, _vmm_pb2.ReadDiskResponse]  # type: ignore[assignment]
+    """The machine's disk, as whoever holds it can read and write it, also while the machine is off."""
+    WriteDisk: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteDiskRequest, _vmm_pb2.WriteDiskResponse]  # type: ignore[assignment]
     WatchEvents: _aio.UnaryStreamMultiCallable[_vmm_pb2.WatchEventsRequest, _vmm_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """From the first event asked for; a reader that is too slow is told how many it missed."""
 
@@ -250,6 +256,21 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vmm_pb2.WriteSerialRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vmm_pb2.WriteSerialResponse, _abc.Awaitable[_vmm_pb2.WriteSerialResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReadDisk(
+        self,
+        request: _vmm_pb2.ReadDiskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.ReadDiskResponse, _abc.Awaitable[_vmm_pb2.ReadDiskResponse]]:
+        """The machine's disk, as whoever holds it can read and write it, also while the machine is off."""
+
+    @_abc_1.abstractmethod
+    def WriteDisk(
+        self,
+        request: _vmm_pb2.WriteDiskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.WriteDiskResponse, _abc.Awaitable[_vmm_pb2.WriteDiskResponse]]: ...
 
     @_abc_1.abstractmethod
     def WatchEvents(

@@ -153,6 +153,14 @@ class ToyVmm(vmm_pb2_grpc.VmmServiceServicer):
     def SetUserspaceFilters(self, request: vmm_pb2.SetUserspaceFiltersRequest, context: Any) -> Any:
         return vmm_pb2.SetUserspaceFiltersResponse()
 
+    def ReadDisk(self, request: vmm_pb2.ReadDiskRequest, context: Any) -> Any:
+        self._machine(request.vm)
+        return vmm_pb2.ReadDiskResponse(data=bytes(request.size))
+
+    def WriteDisk(self, request: vmm_pb2.WriteDiskRequest, context: Any) -> Any:
+        self._machine(request.vm)
+        return vmm_pb2.WriteDiskResponse()
+
     def WriteSerial(self, request: vmm_pb2.WriteSerialRequest, context: Any) -> Any:
         self._machine(request.vm)
         if request.data == b"lose\n":

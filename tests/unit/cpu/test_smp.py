@@ -168,6 +168,19 @@ def test_a_processor_that_waits_for_sipi_runs_nothing_and_can_be_kicked(machine:
     assert exits[1][0].registers.rip == 0xFFF0
 
 
+def test_a_parked_processor_waits_for_sipi_and_forgets_what_it_was_about_to_do(machine: Machine) -> None:
+    machine.boot("vmmcall", "mov eax, 0x77; mov cr4, rax; vmmcall")
+    ap = machine.core.processor(1)
+    ap.run(A.Enter(reason=A.ENTER_REASON_RESUME, updates=[A.Update(intercepts=A.InterceptFilter(cr4_mask=1))]))
+    park = A.Update(park_processor=A.ParkProcessor())
+    commit = A.Resolution(action=A.ACTION_COMMIT)
+    machine.core.processor(1).kick()
+    exit_ = A.Exit.FromString(ap.run(A.Enter(reason=A.ENTER_REASON_RESUME, resolution=commit, updates=[park])))
+    assert exit_.WhichOneof("reason") == "kicked"
+    assert (exit_.registers.rip, exit_.registers.cr4, exit_.registers.efer) == (0xFFF0, 0, 0)
+    assert ap.context.waits_for_startup
+
+
 def test_a_sipi_without_init_does_nothing(machine: Machine) -> None:
     machine.boot(f"{X2APIC}; {icr(STARTUP | 9)}; vmmcall", "l: inc qword ptr [0x200000]; jmp l")
     with machine.running(1):

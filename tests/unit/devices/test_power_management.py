@@ -10,6 +10,7 @@ from vtl0_guest.cpu.devices.power_management import (
     CONTROL_BLOCK,
     EVENT_BLOCK,
     PORTS,
+    SLEEP_TYPE_DISK,
     SLEEP_TYPE_OFF,
     SLEEP_TYPE_RAM,
     TIMER_BLOCK,
@@ -64,8 +65,12 @@ def test_the_machine_is_always_in_acpi_mode(machine: Machine) -> None:
     assert read(machine, CONTROL_BLOCK, 2) & 1
 
 
-def test_s3_and_s5_end_the_run_and_other_sleep_types_do_not(machine: Machine) -> None:
-    exits = {SLEEP_TYPE_RAM: vcpu_pb2.Sleep(source="ACPI S3"), SLEEP_TYPE_OFF: vcpu_pb2.PowerOff(source="ACPI S5")}
+def test_s3_s4_and_s5_end_the_run_and_other_sleep_types_do_not(machine: Machine) -> None:
+    exits = {
+        SLEEP_TYPE_RAM: vcpu_pb2.Sleep(source="ACPI S3"),
+        SLEEP_TYPE_DISK: vcpu_pb2.PowerOff(source="ACPI S4"),
+        SLEEP_TYPE_OFF: vcpu_pb2.PowerOff(source="ACPI S5"),
+    }
     for kind in range(8):
         write(machine, CONTROL_BLOCK, 2, kind << 10)
         assert machine.platform.take_exit() is None

@@ -211,4 +211,4 @@ def test_what_was_wiped_does_not_come_back(tmp_path: Path) -> None:
 
 def test_only_parts_of_a_machine_are_loaded() -> None:
     with pytest.raises(pickle.UnpicklingError, match="is no part of a machine"):
-        snapshot.load_sealed(pickle.dumps(Path.unlink))
+        snapshot.load_value(pickle.dumps(Path.unlink), snapshot.Sealed)

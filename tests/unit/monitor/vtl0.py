@@ -39,6 +39,7 @@ class Vtl0:
         registers: VTL0's at the next call.
         access, store: page -> what the VMM programmed last.
         protect_status: what the VMM answers to the next Protect.
+        state: VTL0's whole state, where VTL1 asks for it.
         before_resume: called when a Protect was applied, with its number from 1: the moment of a race.
     """
 
@@ -53,6 +54,7 @@ class Vtl0:
         self.store: dict[int, RamFile] = {}
         self.protect_status = 0
         self.protects = 0
+        self.state = registers_pb2.ProcessorState()
         self.before_resume: Callable[[int], object] = lambda _number: None
         kernel.load(self.write)
         image.build_page_tables(self.write)
@@ -125,7 +127,10 @@ class Vtl0:
         """A VTL call, with all that the VMM does for it."""
         self.registers.rdi, self.registers.rsi, self.registers.rdx, self.registers.r8 = service, first, second, third
         exit_ = self.enter(vcpu_pb2.ENTER_REASON_VTL_CALL, vp_index, registers=self.registers)
-        while exit_.WhichOneof("reason") == "protect":
+        while exit_.WhichOneof("reason") in ("protect", "state_request"):
+            if exit_.HasField("state_request"):
+                exit_ = self.enter(vcpu_pb2.ENTER_REASON_RESUME, vp_index, state=self.state)
+                continue
             if not self.protect_status:
                 for update in exit_.protect.protections:
                     self.apply(update)

@@ -86,6 +86,36 @@ def test_a_filter_for_another_vcpu(board: Board, guest: FakeLevel, monitor: Fake
     other.join()
 
 
+def test_another_vcpu_is_parked_before_rights_are_given(board: Board, guest: FakeLevel, monitor: FakeLevel) -> None:
+    """What it was doing must not go on in the memory that VTL1 puts in place."""
+    board.processors[0].vtl.enabled |= 1 << VTL1
+    board.gate.gone(2)
+    other = Other(board)
+    guest.wait_entered(1)
+    park = Update(park_processor=vcpu_pb2.ParkProcessor())
+    opened = ProtectionUpdate(runs=[1, 1], access=PageAccess(read=True), store=vcpu_pb2.PAGE_STORE_SEALED)
+    verdict = vcpu_pb2.Resolution(action=vcpu_pb2.ACTION_COMMIT)
+    answer = VtlReturn(resolution=verdict, updates=[Update(protection=opened)], stop_all=True)
+    answer.peers.append(PeerUpdate(vp_index=1, update=park))
+    monitor.say(Exit(vtl_return=answer))
+    serve(board, board.processors[0], WRITE)
+    given = [update for enter in guest.wait_entered(2)[1:] for update in enter.updates]
+    assert given[0] == park
+    board.gate.gone(0)
+    board.gate.close(5)
+    other.join()
+
+
+def test_vtl1_is_told_the_whole_state_when_it_asks(board: Board, guest: FakeLevel, monitor: FakeLevel) -> None:
+    board.processors[0].vtl.enabled |= 1 << VTL1
+    guest.processor_state.gdtr.base = 0x1234
+    monitor.say(Exit(state_request=vcpu_pb2.StateRequest()), returns(action=vcpu_pb2.ACTION_COMMIT))
+    serve(board, board.processors[0], WRITE)
+    asked, told = monitor.entered[-2:]
+    assert (told.reason, told.state.gdtr.base) == (vcpu_pb2.ENTER_REASON_RESUME, 0x1234)
+    assert (told.cause, told.cause_vp_index) == (asked.cause, asked.cause_vp_index)
+
+
 @pytest.mark.parametrize("peer", [PeerUpdate(vp_index=3, update=FILTER), PeerUpdate(vp_index=1, update=Update())])
 def test_nonsense_for_another_vcpu(board: Board, monitor: FakeLevel, peer: PeerUpdate) -> None:
     board.processors[0].vtl.enabled |= 1 << VTL1

@@ -19,8 +19,9 @@ SCI_IRQ = 9
 TIMER_HZ = 3579545
 # SLP_TYP of S5, as the DSDT's _S5 says.
 SLEEP_TYPE_OFF = 5
-# Of S3, as _S3 says.
+# Of S3 and S4, as _S3 and _S4 say. S4 is S5 to this hardware: what is kept, the kernel has kept itself.
 SLEEP_TYPE_RAM = 1
+SLEEP_TYPE_DISK = 2
 # Where firmware (vtl0_guest.loaders.acpi) has the FACS, and the waking vector in it.
 FACS_ADDRESS, WAKING_VECTOR = 0xF0040, 12
 
@@ -32,6 +33,7 @@ _TIMER_STATUS, _CLOCK_STATUS, _WAKE_STATUS = 1, 1 << 10, 1 << 15
 _ENABLE_WRITABLE = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10
 _SCI_ENABLED, _SLEEP_ENABLE = 1, 1 << 13
 _CONTROL_WRITABLE = 0x1C02
+_POWER_OFF = {SLEEP_TYPE_OFF: "ACPI S5", SLEEP_TYPE_DISK: "ACPI S4"}
 
 
 class PowerManagement:
@@ -106,9 +108,10 @@ class PowerManagement:
     def _write_control(self, value: int, mask: int) -> None:
         mask &= _CONTROL_WRITABLE
         self._control = self._control & ~mask | value & mask
-        if value & _SLEEP_ENABLE and self._control >> 10 & 7 == SLEEP_TYPE_OFF:
-            self._guard.post_exit(vcpu_pb2.PowerOff(source="ACPI S5"))
-        elif value & _SLEEP_ENABLE and self._control >> 10 & 7 == SLEEP_TYPE_RAM:
+        kind = self._control >> 10 & 7
+        if value & _SLEEP_ENABLE and kind in _POWER_OFF:
+            self._guard.post_exit(vcpu_pb2.PowerOff(source=_POWER_OFF[kind]))
+        elif value & _SLEEP_ENABLE and kind == SLEEP_TYPE_RAM:
             self._guard.post_exit(vcpu_pb2.Sleep(source="ACPI S3"))
 
     # ------------------------------------------------------------------------------------------ S3

@@ -119,6 +119,7 @@ enum { KEXEC_LOAD, KEXEC_EXECUTE, KEXEC_JUMP, KEXEC_LOAD_CRASH, KEXEC_CRASH };
 void kexec_init(u64 ram_size);
 s64 kexec(u64 operation, const char *name);
 void kexec_crash(void);
+void map_one_to_one(u64 *tables);
 
 /* reset.c */
 s64 reset_machine(const char *name);
@@ -140,6 +141,11 @@ void others_online(u64 which);
 void sleep_init(void);
 s64 sleep_in(u64 state, u64 duration);
 
+/* hibernate.c */
+void hibernate_init(u64 ram_size);
+s64 hibernate(void);
+void hibernate_resume(bool by_vtl1);
+
 /* text_poke.c */
 s64 text_poke(u64 address, const void *bytes, u64 size);
 
@@ -154,5 +160,6 @@ struct heki_page {
 };
 extern bool guarded; /* VTL1 has the policy, and boot is over */
 void vtl_init(bool heki);
+bool hypercall_page_init(void);
 s64 vtl_call(u64 service, u64 a, u64 b, u64 c);
 u64 hypercall(u64 control, u64 rdx, u64 r8);

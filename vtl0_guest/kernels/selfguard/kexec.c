@@ -104,6 +104,15 @@ static void inform(const struct image_header *header) {
     };
 }
 
+/* All memory one to one, and the kernel where it runs, in the three pages at RELOCATE_TABLES. */
+void map_one_to_one(u64 *tables) {
+    memset(tables, 0, 2 * PAGE);
+    tables[0] = tables[511] = (RELOCATE_TABLES + PAGE) | ENTRY_PAGE;
+    tables[512] = tables[512 + 510] = (RELOCATE_TABLES + 2 * PAGE) | ENTRY_PAGE;
+    for (u64 i = 0; i < 512; i++)
+        tables[1024 + i] = i << 21 | ENTRY_PAGE | PTE_LARGE;
+}
+
 /* The kernel's own way, as relocate_kernel of Linux goes it: tables that map all one to one and the kernel where it runs, then code
  * outside of what is overwritten. */
 static void jump(u64 image) {
@@ -112,11 +121,7 @@ static void jump(u64 image) {
     u64 entry = plan(header);
     inform(header);
     memcpy(direct(RELOCATE_CODE), relocate_start, (u64)(relocate_end - relocate_start));
-    memset(tables, 0, 2 * PAGE);
-    tables[0] = tables[511] = (RELOCATE_TABLES + PAGE) | ENTRY_PAGE;
-    tables[512] = tables[512 + 510] = (RELOCATE_TABLES + 2 * PAGE) | ENTRY_PAGE;
-    for (u64 i = 0; i < 512; i++)
-        tables[1024 + i] = i << 21 | ENTRY_PAGE | PTE_LARGE;
+    map_one_to_one(tables);
     others_offline();
     write_cr3(RELOCATE_TABLES);
     wrmsr(MSR_HYPERCALL, 0); /* else its page stays laid over the next kernel */

@@ -11,7 +11,7 @@
 #define DEVICE_TAIL 0x28
 #define PAGE 4096
 
-/* Low memory, while one kernel makes way for another (kexec.c, relocate.S). */
+/* Low memory, while one kernel makes way for another (kexec.c, relocate.S), or for itself (hibernate.c). */
 #define RELOCATE_CODE 0x7000
 #define RELOCATE_LIST 0x8000
 #define RELOCATE_INFO 0x9000 /* two pages */
@@ -42,7 +42,7 @@
 #define SYS_HYPERCALL 11 /* (control, rdx, r8) */
 #define SYS_RESET 12      /* (name, length): does not come back */
 #define SYS_SMI 13        /* (command, value, address): to the SMI handler */
-#define SYS_SLEEP 14      /* (state 0 or 3, ticks): suspends the machine; returns when it is awake */
+#define SYS_SLEEP 14      /* (state 0, 3 or 4, ticks): suspends the machine; returns when it is awake */
 #define SYS_KEXEC 15      /* (operation, name, length): comes back where it is refused */
 #define SYS_CPU 16        /* (number, 0 or 1): takes a processor offline, or online */
 #define SYS_COUNT 17

@@ -36,6 +36,7 @@ void kmain(u32 magic, const struct multiboot_info *info) {
     if (info->flags & INFO_MODULES)
         modules_init((const struct boot_module *)(u64)info->modules, info->module_count);
     kexec_init(ram);
+    hibernate_init(ram);
 
     descriptors_init();
     control_init();

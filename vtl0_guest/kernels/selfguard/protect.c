@@ -31,4 +31,8 @@ void protection_choose(const char *command_line) {
             chosen = ways[i].ask;
 }
 
-void protect(void) { chosen(); }
+void protect(void) {
+    if (chosen != by_vtl1) /* which asks VTL1 */
+        hibernate_resume(false);
+    chosen();
+}

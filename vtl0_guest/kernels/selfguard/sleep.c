@@ -87,4 +87,4 @@ static s64 to_ram(void) {
     return way;
 }
 
-s64 sleep_in(u64 state, u64 duration) { return state == 0 ? to_idle(duration) : state == 3 ? to_ram() : -EINVAL; }
+s64 sleep_in(u64 state, u64 duration) { return state == 0 ? to_idle(duration) : state == 3 ? to_ram() : state == 4 ? hibernate() : -EINVAL; }

@@ -73,7 +73,7 @@ static void serve(u64 service, u64 a, u64 b, const char *step) {
     log("selfguard: VTL1: %s\n", step);
 }
 
-static bool hypercall_page_init(void) {
+bool hypercall_page_init(void) {
     struct cpuid vendor = cpuid(0x40000000, 0);
     if (vendor.a < 0x40000005 || vendor.b != 0x7263694D || vendor.c != 0x666F736F || vendor.d != 0x76482074) /* "Microsoft Hv" */
         return false;
@@ -133,6 +133,7 @@ void vtl_init(bool heki) {
         return;
     require(hypercalls, "hypercall page", 0);
     enable_vtl1();
+    hibernate_resume(true);
     serve(SERVICE_TAKE_POLICY, physical(policy_start), (u64)(policy_end - policy_start), "policy taken");
     load_kdata();
     serve(SERVICE_LOCK_REGS, 0, 0, "registers locked");

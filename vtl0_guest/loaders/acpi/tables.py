@@ -122,7 +122,7 @@ def _isa(name: str, pnp: str, unique: int, *descriptors: bytes) -> bytes:
 
 
 def dsdt(vp_count: int) -> bytes:
-    """Processors, the ISA devices, and the sleep types of S3 and S5, the only sleeping states."""
+    """Processors, the ISA devices, and the sleep types of S3, S4 and S5, the only sleeping states."""
     processors = [
         aml.device(f"C{index:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(index)))
         for index in range(vp_count)
@@ -140,7 +140,11 @@ def dsdt(vp_count: int) -> bytes:
         aml.io_ports(keyboard_controller.COMMAND, 1),
         aml.irq(keyboard_controller.IRQ),
     )
-    states = {"\\_S3": power_management.SLEEP_TYPE_RAM, "\\_S5": power_management.SLEEP_TYPE_OFF}
+    states = {
+        "\\_S3": power_management.SLEEP_TYPE_RAM,
+        "\\_S4": power_management.SLEEP_TYPE_DISK,
+        "\\_S5": power_management.SLEEP_TYPE_OFF,
+    }
     sleep = b"".join(
         aml.name(path, aml.package(aml.integer(kind), aml.integer(kind), aml.integer(0), aml.integer(0)))
         for path, kind in states.items()
