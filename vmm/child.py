@@ -1,10 +1,11 @@
 """What a process of a local laboratory does before it becomes a server, in the spawned child.
 
-Servers are imported by name, so that each process loads its own code alone and the launcher none of it.
+Servers are imported by name, so that the launcher loads none of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -28,7 +29,7 @@ class ChildSpec:
 
     Attributes:
         module: where its main(config) is, "vtl0_guest.server".
-        config: `ready` gets the bound addresses, or the VtlabError that ended the start.
+        config: without `ready`, which the child has.
         rules: dill pickle of the monitor's rules, made and read on this machine by this user alone; b"" for none.
         directories: folders of the laboratory, removed when the parent dies.
         log: file for stdout and stderr; None keeps the parent's.
@@ -43,18 +44,37 @@ class ChildSpec:
     parent: int
 
 
-def run(spec: ChildSpec) -> None:
-    """Body of the child. It ends with the server's main, with SIGTERM, or with its parent."""
+def run(orders: Any, ready: Any, modules: tuple[str, ...]) -> None:
+    """Body of the child. It ends with the server's main, with SIGTERM, or with its parent.
+
+    Args:
+        orders: end of a pipe from which comes one ChildSpec.
+        ready: end of a pipe for the bound addresses, or the VtlabError that ended the start.
+        modules: to be imported until the orders come.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    for module in modules:
+        if orders.poll():
+            break
+        with contextlib.suppress(Exception):  # who needs it will say what is wrong with it
+            importlib.import_module(module)
+    try:
+        spec: ChildSpec = orders.recv()
+    except EOFError:
+        return  # the parent needs nobody any more
+    orders.close()
+    _serve(spec, ready)
+
+
+def _serve(spec: ChildSpec, ready: Any) -> None:
     if spec.log is not None:
         _redirect(spec.log)
     parent = parent_process()
     assert parent is not None
     watch_parent(parent.sentinel, partial(_remove, spec.directories))
-    ready: Any = spec.config.ready
     try:
         main = importlib.import_module(spec.module).main
-        config = spec.config
+        config = replace(spec.config, ready=ready)
         if spec.rules:
             import dill
 

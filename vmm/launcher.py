@@ -4,7 +4,7 @@
         ...
 
 The processes are spawned, not forked, and end with the block, with an exception, or with this process, however it ends.
-One that dies by itself is restarted (vmm.supervisor).
+One that dies by itself is restarted (vmm.supervisor), from a process that waits for that (vmm.spare).
 Their folder is private to the user and lies in memory where the machine has room there, since guest RAM is files in it.
 """
 
@@ -25,14 +25,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import multiprocess
-
-from vmm.child import ChildSpec, run
+from vmm.child import ChildSpec
+from vmm.spare import AFTER_DEATH, AFTER_START, Blank, Spares
 from vmm.supervisor import DEFAULT_BUDGET, Budget, LocalProcess, Supervisor
 from vtlab.channels import ServerConfig
 from vtlab.client import Addresses, Lab
 from vtlab.errors import InternalError, TimedOut, VtlabError
-from vtlab.process import remove_folder, without_main
+from vtlab.process import remove_folder
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
 
@@ -95,6 +94,8 @@ def launch(
         processes: dict[Role, LocalProcess] = {}
         with contextlib.ExitStack() as stack:
             stack.callback(_stop, processes)
+            spares = Spares(lambda: list(SERVERS.values()))
+            stack.callback(spares.close)
             configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
             vmm = configs[Role.VMM]
             guest, monitor = between(Role.GUEST, vmm.guest), between(Role.MONITOR, vmm.monitor)
@@ -103,7 +104,11 @@ def launch(
 
             def start(role: Role) -> LocalProcess:
                 shipped = blob if role is Role.MONITOR else b""
-                return _start(role, configs[role], shipped, (folder, sockets))
+                return _start(spares.take(), role, configs[role], shipped, (folder, sockets))
+
+            def await_ready(role: Role, local: LocalProcess) -> None:
+                _await_ready({role: local}, timeout)
+                spares.prepare(AFTER_DEATH)
 
             for role in (Role.GUEST, Role.MONITOR, Role.VMM):
                 processes[role] = start(role)
@@ -111,8 +116,9 @@ def launch(
             for role in SERVERS:
                 configs[role] = replace(configs[role], listen=bound[role])
             addresses = Addresses(bound[Role.VMM][0], bound[Role.MONITOR][1], trust / Role.OPERATOR)
-            supervisor = Supervisor(processes, start, lambda role, local: _await_ready({role: local}, timeout), budget)
+            supervisor = Supervisor(processes, start, await_ready, budget)
             stack.callback(supervisor.close)
+            spares.prepare(AFTER_START)
             yield stack.enter_context(LocalLab(addresses, folder, supervisor))
 
 
@@ -153,23 +159,17 @@ def _ship(rules: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _start(role: Role, config: ServerConfig, rules: bytes, folders: tuple[Path, Path]) -> LocalProcess:
-    context = multiprocess.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
+def _start(blank: Blank, role: Role, config: ServerConfig, rules: bytes, folders: tuple[Path, Path]) -> LocalProcess:
     log = None if os.environ.get("VTLAB_DEBUG") else folders[0] / f"{role}.log"
     spec = ChildSpec(
         module=SERVERS[role],
-        config=replace(config, ready=sender),
+        config=config,
         rules=rules,
         directories=folders,
         log=log,
         parent=os.getpid(),
     )
-    process = context.Process(target=run, args=(spec,), name=f"vtlab-{role}", daemon=True)
-    with without_main():
-        process.start()
-    sender.close()
-    return LocalProcess(process, receiver, log)
+    return blank.become(spec)
 
 
 def _await_ready(processes: dict[Role, LocalProcess], timeout: float) -> dict[Role, tuple[str, ...]]:

@@ -38,8 +38,17 @@ MAX_VP_COUNT = 16
 class Dial(Protocol):
     """Gives the processes that serve a machine's levels."""
 
-    def __call__(self, vtl: int) -> Level:
-        """A level that nobody uses yet. Raises PeerUnavailable, or Unsupported if there is none for that VTL."""
+    def __call__(self, vtl: int, *, present: bool = True) -> Level:
+        """A level that nobody uses yet.
+
+        Args:
+            vtl: 0 or 1.
+            present: it must answer; else it may be away for a restart, and who uses it waits.
+
+        Raises:
+            PeerUnavailable: it does not answer.
+            Unsupported: there is none for that VTL.
+        """
 
 
 class Machines:
@@ -67,8 +76,8 @@ class Machines:
 
     def _revive(self, vm: str) -> None:
         past = Past(self._journal, vm)
-        guest = self._dial(0)
-        monitor = self._dial(1) if past.machine.machine.spec.vtl1 else None
+        guest = self._dial(0, present=False)  # the levels may have died with the VMM
+        monitor = self._dial(1, present=False) if past.machine.machine.spec.vtl1 else None
         ledger = Ledger(self._journal, vm)
         events = EventLog(vm, self._numbers, on_staged=ledger.touch, kept=past.events)
         self._machines[vm] = Machine.revived(past, self._directory / vm, guest, monitor, events, ledger)

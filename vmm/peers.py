@@ -29,7 +29,7 @@ from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunResponse
 
 # Seconds that Attach, Detach, Kick and GetState may take, and that a process which died may take to be back.
 CALL_TIMEOUT = 30.0
-RESTART_BUDGET = 20.0
+RESTART_BUDGET = 45.0  # less than a laboratory gives the VMM itself to be back, which may wait for a level
 # Bytes of an exit of VTL0, whose process may be hostile: registers, an instruction, some KiB of serial output.
 MAX_GUEST_EXIT = 64 << 10
 

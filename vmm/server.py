@@ -11,7 +11,7 @@ from vmm.journal import Journal
 from vmm.machines import Machines
 from vmm.peers import RemoteLevel
 from vmm.service import VmmService, add_to_server
-from vtlab.channels import ServerConfig, dial, serve
+from vtlab.channels import ServerConfig, channel_to, dial, serve
 from vtlab.errors import Unsupported
 from vtlab.trust.certificates import Credentials, load_credentials
 from vtlab.trust.roles import Role
@@ -30,14 +30,15 @@ class Levels:
         self._config = config
         self._channels: dict[tuple[Role, Credentials], grpc.Channel] = {}
 
-    def __call__(self, vtl: int) -> RemoteLevel:
-        """Raises PeerUnavailable if nobody answers, Unsupported if no address was given."""
+    def __call__(self, vtl: int, *, present: bool = True) -> RemoteLevel:
+        """See vmm.machines.Dial."""
         role, address = ((Role.GUEST, self._config.guest), (Role.MONITOR, self._config.monitor))[vtl]
         if not address:
             raise Unsupported(f"VTL{vtl}", f"this VMM was given no address of a {role}")
         key = role, load_credentials(self._config.trust, Role.VMM)
         if key not in self._channels:
-            self._channels[key] = dial(address, self._config.trust, Role.VMM, role)
+            reach = dial if present else channel_to
+            self._channels[key] = reach(address, self._config.trust, Role.VMM, role)
         return RemoteLevel(self._channels[key], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
 
     def close(self) -> None:

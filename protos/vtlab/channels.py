@@ -239,23 +239,35 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def dial(address: str, trust: Path, role: Role | str, peer: Role | str, timeout: float = 10.0) -> grpc.Channel:
-    """A channel to a server that has answered a health check.
+def channel_to(address: str, trust: Path, role: Role | str, peer: Role | str) -> grpc.Channel:
+    """A channel to a server that may not be there yet: calls fail with PeerUnavailable until it is.
 
     Args:
         address: where it listens.
         trust: see ServerConfig.
         role: who we are.
         peer: who must be there; a server with another role's certificate is not spoken to.
+
+    Raises:
+        PeerUnavailable: no credentials in the trust folder.
+    """
+    own = load_credentials(trust, role)
+    credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
+    options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name(peer))]
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def dial(address: str, trust: Path, role: Role | str, peer: Role | str, timeout: float = 10.0) -> grpc.Channel:
+    """channel_to() a server that has answered a health check.
+
+    Args:
+        address, trust, role, peer: see channel_to().
         timeout: seconds to wait for it to come up; attempts are spread with jitter.
 
     Raises:
         PeerUnavailable: nobody answered, or somebody else did.
     """
-    own = load_credentials(trust, role)
-    credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
-    options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name(peer))]
-    channel = grpc.secure_channel(address, credentials, options=options)
+    channel = channel_to(address, trust, role, peer)
     name = f"{peer} at {address}"
     try:
         _await_health(channel, name, timeout)

@@ -13,6 +13,7 @@ from tests.bench import guest, vtl
 from tests.bench.echo import EchoClient, EchoServer, microseconds
 from tests.bench.machines import Run, create, in_machine, on_bare_engine, ticks_per_second
 from tests.bench.measure import Figure, Paired, in_turn
+from vmm.chaos.run import p95, recoveries
 from vmm.launcher import launch
 from vtlab.client import Lab
 from vtlab.trust.certificates import ensure_trust
@@ -34,6 +35,7 @@ AGAINST_BARE = {
 }
 ROUNDS = 20  # of a body in one run of an image; the first ones warm the translations up
 EXIT_ROUNDS = 10
+KILLS = 4  # of each role, a turn
 MATRIX_CELLS = 24
 
 
@@ -146,6 +148,15 @@ def start(setting: Setting) -> Iterator[Figure]:
     yield Figure("start of three processes to the first guest instruction", "s", seconds, 2.0, False)
 
 
+def recovery(setting: Setting) -> Iterator[Figure]:
+    """From the kill -9 of one of the three processes until every vCPU of a guest under protection has gone on."""
+    by_role = recoveries(setting.turns * KILLS)
+    for role, seconds in by_role.items():
+        yield Figure(f"recovery of the {role}, killed", "s", seconds, detail=f"p95 {p95(seconds):.2f} s")
+    every = [taken for seconds in by_role.values() for taken in seconds]
+    yield Figure("recovery of one process, p95", "s", [p95(every)], 1.0, False, f"of {len(every)} kills")
+
+
 def matrix(setting: Setting) -> Iterator[Figure]:
     """The same cells of the attack matrix by one worker and by two, each with a laboratory that is up."""
     tasks = [Task(Cell(design="vtl", kind="attack", name=attack.name)) for attack in ATTACKS[:MATRIX_CELLS]]
@@ -174,6 +185,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
     "exits": round_trips,
     "protection": under_protection,
     "start": start,
+    "recovery": recovery,
     "matrix": matrix,
 }
 

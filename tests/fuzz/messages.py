@@ -133,7 +133,7 @@ class MessageTarget(Target):
         folder.mkdir()
         create_ram_files(folder, RAM)
         (folder / "image").write_bytes(b"\xf4")
-        self._machines = Machines(folder / "vmm", FakeLevel, Journal(folder / "journal"))
+        self._machines = Machines(folder / "vmm", lambda vtl, present=True: FakeLevel(vtl), Journal(folder / "journal"))
         sha256, _ = self._machines.images.add([b"\xf4"])
         image = vcpu_pb2.BootImage(sha256=sha256)
         self._machines.create("vm", vmm_pb2.MachineSpec(ram_size=RAM, vp_count=2, vtl1=True, image=image))

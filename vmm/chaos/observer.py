@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from vmm.chaos import guest
 from vmm.chaos.guest import Status
 from vtlab.client import Lab, Machine
-from vtlab.errors import PeerUnavailable, Refused, TimedOut
+from vtlab.errors import PeerUnavailable, Refused, TimedOut, VtlabError
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, START_MODE_LONG
 from vtlab.x86.registers import Cr0, Cr4, Msr
@@ -111,6 +111,14 @@ class Observer:
             except PeerUnavailable:
                 continue
 
+    def state(self) -> str:
+        """Of the machine, in words, or why there is none."""
+        try:
+            machine = self.machine.info()
+        except VtlabError as error:
+            return str(error)
+        return f"{vmm_pb2.MachineState.Name(machine.state)} {machine.reason}"
+
     def statuses(self) -> list[Status]:
         """Of every vCPU, now."""
         pages = [guest.STATUS + vp * guest.STATUS_SIZE for vp in range(self._processors)]
@@ -132,10 +140,9 @@ class Observer:
 
         while not all_moved():
             if time.monotonic() > started + patience:
-                machine = self.machine.info()
-                state = vmm_pb2.MachineState.Name(machine.state)
-                self.findings.find("lost", f"no progress within {patience:g} s; {state} {machine.reason}")
-                raise TimedOut("chaos guest", f"makes no progress; {state} {machine.reason}", seconds=patience)
+                state = self.state()
+                self.findings.find("lost", f"no progress within {patience:g} s; {state}")
+                raise TimedOut("chaos guest", f"makes no progress; {state}", seconds=patience)
             time.sleep(_INTERVAL)
         return time.monotonic() - started
 

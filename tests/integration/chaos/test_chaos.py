@@ -57,7 +57,7 @@ def _killing_the_vmm(monkeypatch: pytest.MonkeyPatch, faults: int) -> Report:
     def kill(self: Chaos) -> str:
         self.report.faults += 1
         self._observer.wait_progress(9)  # lines of the log, which are events
-        self._kill(Role.VMM)
+        self.kill(Role.VMM)
         self._observer.check()
         return "kill vmm"
 

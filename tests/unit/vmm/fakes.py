@@ -34,6 +34,7 @@ class FakeLevel:
         self.log = log if log is not None else []
         self.processor_state = ProcessorState()
         self.refuse_attach: VtlabError | None = None
+        self.refuse_reconnect: VtlabError | None = None
         self.deaf = False
         self.lost = False
         self._changed = threading.Condition()
@@ -54,6 +55,8 @@ class FakeLevel:
 
     def reconnect(self, request: AttachRequest) -> list[Enter]:
         self.log.append(f"reconnect {self.vtl} {request.generation}")
+        if self.refuse_reconnect:
+            raise self.refuse_reconnect
         if self.lost:
             raise LevelLost(self.name, "is lost")
         return [

@@ -59,7 +59,7 @@ def test_unknown_images(store: ImageStore, tmp_path: Path, sha256: bytes) -> Non
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Machines:
-    return Machines(tmp_path, FakeLevel, Journal(tmp_path / "journal"))
+    return Machines(tmp_path, lambda vtl, present=True: FakeLevel(vtl), Journal(tmp_path / "journal"))
 
 
 def good(machines: Machines, **changes: object) -> MachineSpec:
@@ -107,7 +107,7 @@ def test_one_machine_at_a_time(machines: Machines, tmp_path: Path) -> None:
 
 
 def test_a_failed_create_frees_the_levels(tmp_path: Path) -> None:
-    def dial(vtl: int) -> FakeLevel:
+    def dial(vtl: int, *, present: bool = True) -> FakeLevel:
         if refuse:
             raise PeerUnavailable(f"VTL{vtl}", "no answer")
         return FakeLevel(vtl)
@@ -126,7 +126,7 @@ def test_what_a_killed_vmm_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / "machines" / "old"
     left.mkdir(parents=True)
     (left / "ram.rw").write_bytes(b"old")
-    machines = Machines(tmp_path, lambda vtl: FakeLevel(vtl, log), Journal(tmp_path / "journal"))
+    machines = Machines(tmp_path, lambda vtl, present=True: FakeLevel(vtl, log), Journal(tmp_path / "journal"))
     machines.create("new", good(machines))
     assert not left.exists()
     assert log[:2] == ["detach 0", "attach 0 1"]

@@ -18,7 +18,7 @@ from vmm.machine import Machine
 from vmm.machines import Machines
 from vmm.memory import PRIVATE, SEALED, Memory
 from vmm.processor import Processor
-from vtlab.errors import VtlabError
+from vtlab.errors import PeerUnavailable, VtlabError
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.vcpu_pb2 import (
     BootImage,
@@ -48,10 +48,14 @@ class Vmm:
         self.folder = folder
         self.levels = [FakeLevel(0), FakeLevel(1)]
         self.lives: list[Machines] = []
+        self.away: VtlabError | None = None
+        self.gone = False
         self.all_levels: list[FakeLevel] = []
         self.sha256, _ = ImageStore(folder / "images").add([b"\xf4"])
 
-    def dial(self, vtl: int) -> Level:
+    def dial(self, vtl: int, *, present: bool = True) -> Level:
+        if present and self.away:
+            raise self.away
         return self.levels[vtl]
 
     def live(self) -> Machines:
@@ -59,6 +63,7 @@ class Vmm:
         fresh = [FakeLevel(0), FakeLevel(1)]
         for level, old in zip(fresh, self.levels, strict=True):
             level.entered = old.entered.copy()
+            level.refuse_reconnect = self.away if self.gone else None
         self.levels = fresh
         self.all_levels += fresh
         self.lives.append(Machines(self.folder, self.dial, Journal(self.folder / "journal")))
@@ -110,6 +115,23 @@ def test_an_exit_that_was_answered_is_not_served_again(vmm: Vmm) -> None:
     assert enters[2] == enters[1], "repeated, as it was"
     guest.say(MSR_READ)
     assert guest.wait_entered(4)[3].resolution.value == 1 << 63, "what the MSR was is known"
+
+
+def test_levels_that_are_being_restarted_too_are_no_reason_to_forget_it(vmm: Vmm) -> None:
+    vmm.create().start()
+    vmm.levels[0].wait_entered(1)
+    vmm.away = PeerUnavailable("guest", "no such socket")
+    assert vmm.again().describe().state == RUNNING
+
+
+def test_a_level_that_stays_away_breaks_it_with_a_reason(vmm: Vmm) -> None:
+    vmm.create().start()
+    vmm.levels[0].wait_entered(1)
+    vmm.away, vmm.gone = PeerUnavailable("guest", "no such socket"), True
+    for _ in range(2):  # the second time the journal tells of it
+        known = vmm.again().describe()
+        assert known.state == vmm_pb2.MACHINE_STATE_FAILED
+        assert known.reason == "cannot go on after the VMM's end: guest: no such socket"
 
 
 def test_an_answer_that_was_not_sent_is_sent(vmm: Vmm) -> None:
