@@ -34,30 +34,39 @@ class EventPort(NamedTuple):
 
 
 class Connections:
-    """Connection IDs are 24 bits; messages and events have their own. Thread-safe."""
+    """Connection IDs are 24 bits; messages and events have their own. Thread-safe.
+
+    Attributes:
+        changes: how often something changed; what save() gives is the same for as long as this is.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._messages: dict[int, MessagePort] = {}
         self._events: dict[int, EventPort] = {}
         self._taken: Counter[MessagePort] = Counter()
+        self.changes = 0
 
     def connect_messages(self, connection: int, port: MessagePort) -> None:
         """Replaces what was there."""
         with self._lock:
+            self.changes += 1
             self._messages[connection] = port
 
     def connect_events(self, connection: int, port: EventPort) -> None:
         with self._lock:
+            self.changes += 1
             self._events[connection] = port
 
     def disconnect_messages(self, connection: int) -> None:
         """What was posted arrives all the same."""
         with self._lock:
+            self.changes += 1
             self._messages.pop(connection, None)
 
     def disconnect_events(self, connection: int) -> None:
         with self._lock:
+            self.changes += 1
             self._events.pop(connection, None)
 
     def message_port(self, connection: int) -> MessagePort | None:
@@ -71,12 +80,14 @@ class Connections:
         with self._lock:
             if self._taken[port] >= BUFFERS:
                 return False
+            self.changes += 1
             self._taken[port] += 1
             return True
 
     def give_back(self, vp_index: int, sints: Iterable[int]) -> None:
         """The processor has delivered a message for each of these SINTs. Other levels' messages were never counted."""
         with self._lock:
+            self.changes += 1
             for sint in sints:
                 port = MessagePort(vp_index, sint)
                 if self._taken[port]:
@@ -92,6 +103,7 @@ class Connections:
         try:
             messages, events, taken = json.loads(state)
             with self._lock:
+                self.changes += 1
                 self._messages = {connection: MessagePort(*port) for connection, port in messages}
                 self._events = {connection: EventPort(*port) for connection, port in events}
                 self._taken = Counter({MessagePort(*port): count for port, count in taken})

@@ -2,7 +2,7 @@
 
 Whoever changes what a restarted VMM must know calls touch(); a transaction then takes all that changed since the last
 one together with the answer to the exit that is being served. An exit that touches nothing costs none: its level holds
-it, and a restarted VMM serves it again with the same outcome.
+it, and a restarted VMM serves it again with the same outcome. A record is made anew only if what it tells has changed.
 
 Transactions are made with Board.serving held, by the thread of a vCPU or of a client.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
-
-from google.protobuf.message import Message
 
 from vmm import plain
 from vmm.events import LASTING, EventLog
@@ -42,6 +40,8 @@ class Ledger:
         self._vm = vm
         self._written: dict[str, bytes] = {}
         self._trimmed: dict[int, int] = {}
+        self._stamp: tuple[object, ...] = ()
+        self._kept = b""
 
     def touch(self) -> None:
         """Something has changed. From any thread."""
@@ -60,9 +60,8 @@ class Ledger:
         self.dirty = bool(only)  # what is left waits for the end of the exit
         if self._journal is None and not board.events.staged:
             return
-        records: dict[str, Message] = {f"{VCPU}{processor.index}": processor.record() for processor in board.processors}
-        records[PARTITION] = _partition(board)
-        data = {name: record.SerializeToString(deterministic=True) for name, record in records.items()}
+        data = {f"{VCPU}{processor.index}": processor.record() for processor in board.processors}
+        data[PARTITION] = self._partition(board)
         if machine is not None:
             data[MACHINE] = machine.SerializeToString(deterministic=True)
         forget = PAGES if board.memory.take_renewal() else ""
@@ -84,18 +83,23 @@ class Ledger:
             self._trimmed |= {kind: row[0] for kind, row in due.items()}
             self._written |= {name: record for name, record in new.items() if not name.startswith(PAGES)}
 
+    def _partition(self, board: Board) -> bytes:
+        """The record, made anew if anything in it changed."""
+        msrs = tuple([(msrs.guest_os_id, msrs.hypercall) if msrs else None for msrs in (board.msrs, board.upper_msrs)])
+        devices = [device.save() for device in board.ports.devices]
+        design = board.design.save()
+        stamp = (plain.stamp(board.vtl), board.connections, board.connections.changes, msrs, design, *devices)
+        if stamp != self._stamp:
+            record = PartitionRecord(
+                vtl=plain.dump(board.vtl), connections=board.connections.save(), design=design, devices=devices
+            )
+            for field, kept in zip((record.msrs, record.upper_msrs), msrs, strict=True):
+                if kept is not None:
+                    field.guest_os_id, field.hypercall = kept
+            self._stamp, self._kept = stamp, record.SerializeToString(deterministic=True)
+        return self._kept
+
     def forget(self) -> None:
         """The machine is no more."""
         if self._journal is not None:
             self._journal.forget(self._vm)
-
-
-def _partition(board: Board) -> PartitionRecord:
-    record = PartitionRecord(
-        vtl=plain.dump(board.vtl), connections=board.connections.save(), design=board.design.save()
-    )
-    for field, msrs in ((record.msrs, board.msrs), (record.upper_msrs, board.upper_msrs)):
-        if msrs is not None:
-            field.guest_os_id, field.hypercall = msrs.guest_os_id, msrs.hypercall
-    record.devices.extend(device.save() for device in board.ports.devices)
-    return record

@@ -5,6 +5,7 @@ What a state has more or less than the text keeps its default: a field may be ad
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import fields
 from typing import Any
@@ -13,6 +14,22 @@ from typing import Any
 def dump(state: Any) -> bytes:
     """The fields of a dataclass."""
     return json.dumps({field.name: _encode(getattr(state, field.name)) for field in fields(state)}).encode()
+
+
+def stamp(state: Any) -> tuple[object, ...]:
+    """Equal for as long as dump() is, and far cheaper."""
+    return tuple([_frozen(getattr(state, name)) for name in _names(type(state))])
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _frozen(value: Any) -> object:
+    if isinstance(value, int):
+        return value
+    return tuple(value.items() if isinstance(value, dict) else value)
 
 
 def load(state: Any, text: bytes) -> None:

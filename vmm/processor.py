@@ -88,12 +88,17 @@ class Processor:
         self._reopened: Enter | None = None
         self._pending: list[Update] = []
         self._pending_upper: list[Update] = []
+        self._posted = 0  # how often what waits has changed
+        self._stamp: tuple[object, ...] = ()
+        self._kept = b""
+        self._kept_answer: bytes | None = None
         self._lock = threading.Lock()
 
     def post(self, *updates: Update, vtl: int = VTL0) -> None:
         """Adds updates to the next enter of a level, in order. Thread-safe; does not make the vCPU exit."""
         with self._lock:
             self._waiting_for(vtl).extend(updates)
+            self._posted += 1
         self._touch()
 
     def post_once(self, update: Update, vtl: int = VTL0) -> None:
@@ -102,6 +107,7 @@ class Processor:
             waiting = self._waiting_for(vtl)
             if update not in waiting:
                 waiting.append(update)
+                self._posted += 1
         self._touch()
 
     def post_latest(self, update: Update, vtl: int = VTL0) -> None:
@@ -117,6 +123,7 @@ class Processor:
                 waiting.append(update)
             else:
                 waiting[position] = update
+            self._posted += 1
         self._touch()
 
     def _waiting_for(self, vtl: int) -> list[Update]:
@@ -196,14 +203,16 @@ class Processor:
 
     def _leave_with(self, enter: Enter, vtl: int) -> None:
         self._take_waiting(enter, vtl)
-        self._answer = enter
+        self._answer, self._kept_answer = enter, None
         self._commit()
 
     def _take_waiting(self, enter: Enter, vtl: int) -> None:
         with self._lock:
             waiting = self._waiting_for(vtl)
-            enter.updates.extend(waiting)
-            waiting.clear()
+            if waiting:
+                enter.updates.extend(waiting)
+                waiting.clear()
+                self._posted += 1
 
     def answers(self, enter: Enter) -> None:
         """That enter follows from the exit that was served; what waits goes with it. To be committed at once."""
@@ -211,8 +220,7 @@ class Processor:
         del enter.updates[:]
         self._take_waiting(enter, self.vtl.active)
         enter.updates.extend(own)
-        self._answer = enter
-        self._settled = Enter()
+        self._answer, self._settled, self._kept_answer = enter, Enter(), None
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """The next enter waits for that first, unless an interrupt for VTL1 comes or somebody holds the gate."""
@@ -250,7 +258,7 @@ class Processor:
         resolution, self.suspended[VTL0] = self.suspended[VTL0], None
         enter = Enter(vp_index=self.index, sequence=self.resumed, reason=_RESUME, resolution=resolution)
         self._take_waiting(enter, VTL0)
-        self._settled = enter
+        self._settled, self._kept_answer = enter, None
         self._commit()
         return self._apply_below(enter)
 
@@ -288,20 +296,30 @@ class Processor:
 
     # ------------------------------------------------------------------------------------------- after a VMM's death
 
-    def record(self) -> VcpuRecord:
-        """What the journal keeps."""
+    def record(self) -> bytes:
+        """What the journal keeps, a VcpuRecord; made anew only as far as it has changed."""
+        halted = self._gate.halted(self.index)
         with self._lock:
-            return VcpuRecord(
-                vtl=plain.dump(self.vtl),
-                watched=self.watched.filter,
-                pending=self._pending,
-                pending_upper=self._pending_upper,
-                suspended=self.suspended[VTL0],
-                suspended_upper=self.suspended[VTL1],
-                halted=self._gate.halted(self.index),
-                answer=self._answer,
-                settled=self._settled,
-            )
+            stamp = (plain.stamp(self.vtl), self.watched, *self.suspended, self._posted, *halted)
+            if stamp != self._stamp:
+                self._stamp, self._kept = stamp, self._levels(halted)
+        if self._kept_answer is None:
+            answer = VcpuRecord(answer=self._answer, settled=self._settled)
+            self._kept_answer = answer.SerializeToString(deterministic=True)
+        return self._kept + self._kept_answer  # messages are joined by joining their bytes
+
+    def _levels(self, halted: list[int]) -> bytes:
+        """The record but for its last two fields."""
+        record = VcpuRecord(
+            vtl=plain.dump(self.vtl),
+            watched=self.watched.filter,
+            pending=self._pending,
+            pending_upper=self._pending_upper,
+            suspended=self.suspended[VTL0],
+            suspended_upper=self.suspended[VTL1],
+            halted=halted,
+        )
+        return record.SerializeToString(deterministic=True)
 
     def restore(self, record: VcpuRecord) -> None:
         """The inverse of record(). Raises ValueError."""
@@ -313,7 +331,8 @@ class Processor:
             record.suspended if record.HasField("suspended") else None,
             record.suspended_upper if record.HasField("suspended_upper") else None,
         ]
-        self._answer, self._settled = record.answer, record.settled
+        self._answer, self._settled, self._kept_answer = record.answer, record.settled, None
+        self._posted += 1
 
     def reconnect(self, guest: Enter, monitor: Enter | None) -> None:
         """Where the levels stand: decides with which enter the vCPU goes on.
@@ -356,7 +375,7 @@ class Processor:
 
     def run_settled(self) -> Exit | None:
         """The exit of a settle() that is not known to be over, if there is one. Raises as settle()."""
-        settled, self._settled = self._settled, Enter()
+        settled, self._settled, self._kept_answer = self._settled, Enter(), None
         if not settled.sequence or settled.sequence < self.resumed:
             return None
         self.resumed = settled.sequence

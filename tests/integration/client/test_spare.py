@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from tests.integration.client.test_launcher import TOYS, gone
 from tests.waiting import wait_until
 from vmm import launcher
-from vmm.launcher import LocalLab, launch
+from vmm.launcher import launch
 from vmm.spare import Blank, Spares
 from vtlab.trust.roles import Role
 
@@ -24,46 +24,43 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "SERVERS", TOYS)
 
 
-def children() -> set[int]:
-    """Processes of this one that wait for orders, or serve."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may end meanwhile
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"spawn_main" in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-    return found
+@pytest.fixture
+def spares(monkeypatch: pytest.MonkeyPatch) -> list[Spares]:
+    """Of the laboratories that the test starts, which have them at once."""
+    made: list[Spares] = []
 
+    class Known(Spares):
+        def __init__(self, modules: Callable[[], Sequence[str]]) -> None:
+            super().__init__(modules)
+            made.append(self)
 
-def spare_of(lab: LocalLab, before: set[int]) -> int:
-    (pid,) = wait_until(lambda: children() - before - set(lab.pids.values()), PATIENCE, "a spare")
-    return pid
-
-
-def test_who_dies_is_replaced_by_the_process_that_waits(
-    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(launcher, "AFTER_START", 0)
-    before = children()
+    monkeypatch.setattr(launcher, "Spares", Known)
+    return made
+
+
+def pid_of(spares: list[Spares]) -> int:
+    spare = wait_until(lambda: spares[-1]._spare, PATIENCE, "a spare")
+    assert isinstance(spare, Blank)
+    return int(spare._process.pid)
+
+
+def test_who_dies_is_replaced_by_the_process_that_waits(toys: None, tmp_path: Path, spares: list[Spares]) -> None:
     with launch(directory=tmp_path) as lab:
         for count, role in enumerate((Role.GUEST, Role.VMM, Role.MONITOR, Role.GUEST), 1):
-            spare = spare_of(lab, before)
+            spare = pid_of(spares)
             os.kill(lab.pids[role], signal.SIGKILL)
             assert lab.supervisor.wait_restarted(role, 1 + (count == 4), PATIENCE)
             assert lab.pids[role] == spare
         assert lab.machines() == []
         assert lab.policy.get("any").rules == []
-        pids = [*lab.pids.values(), spare_of(lab, before)]
+        pids = [*lab.pids.values(), pid_of(spares)]
     gone(pids, lab.directory)
 
 
-def test_a_spare_that_is_gone_costs_nothing_but_time(
-    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launcher, "AFTER_START", 0)
-    before = children()
+def test_a_spare_that_is_gone_costs_nothing_but_time(toys: None, tmp_path: Path, spares: list[Spares]) -> None:
     with launch(directory=tmp_path) as lab:
-        spare = spare_of(lab, before)
+        spare = pid_of(spares)
         os.kill(spare, signal.SIGKILL)
         os.kill(lab.pids["vmm"], signal.SIGKILL)
         assert lab.supervisor.wait_restarted(Role.VMM, 1, PATIENCE)
@@ -71,12 +68,10 @@ def test_a_spare_that_is_gone_costs_nothing_but_time(
         assert lab.machines() == []
 
 
-def test_it_holds_nothing_of_anybody(toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_holds_nothing_of_anybody(toys: None, tmp_path: Path, spares: list[Spares]) -> None:
     """But its standard streams and pipes; no socket, no file, no key."""
-    monkeypatch.setattr(launcher, "AFTER_START", 0)
-    before = children()
     with launch(directory=tmp_path) as lab:
-        spare = spare_of(lab, before)
+        spare = pid_of(spares)
         folder = Path(f"/proc/{spare}/fd")
 
         def held() -> list[str]:
@@ -98,9 +93,9 @@ def test_a_process_without_orders_ends_with_its_parent_s_end_of_the_pipe() -> No
 
 
 def test_nothing_is_made_once_the_laboratory_ends() -> None:
-    before = children()
     spares = Spares(list)
     spares.prepare(3600)
     spares.close()
     spares.prepare(0)
-    assert children() == before
+    spares._make()
+    assert spares._spare is None

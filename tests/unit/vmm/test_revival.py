@@ -20,6 +20,7 @@ from vmm.memory import PRIVATE, SEALED, Memory
 from vmm.processor import Processor
 from vtlab.errors import PeerUnavailable, VtlabError
 from vtlab.v1 import vcpu_pb2, vmm_pb2
+from vtlab.v1.journal_pb2 import VcpuRecord
 from vtlab.v1.vcpu_pb2 import (
     BootImage,
     Enter,
@@ -291,7 +292,7 @@ def _snapshot(machine: Machine) -> list[bytes]:
     board = machine._board
     records = []
     for processor in board.processors:
-        record = processor.record()
+        record = VcpuRecord.FromString(processor.record())
         record.ClearField("answer")
         records.append(record.SerializeToString())
     return [*records, *(device.save() for device in board.ports.devices), board.connections.save()]
