@@ -5,7 +5,6 @@ What a state has more or less than the text keeps its default: a field may be ad
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import fields
 from typing import Any
@@ -18,12 +17,7 @@ def dump(state: Any) -> bytes:
 
 def stamp(state: Any) -> tuple[object, ...]:
     """Equal for as long as dump() is, and far cheaper."""
-    return tuple([_frozen(getattr(state, name)) for name in _names(type(state))])
-
-
-@functools.cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+    return tuple([_frozen(getattr(state, name)) for name in state.__dataclass_fields__])
 
 
 def _frozen(value: Any) -> object:
