@@ -18,8 +18,9 @@ from vtlab.errors import Cancelled, PeerUnavailable, VtlabError
 from vtlab.status import never_sent, translated
 
 DEADLINE = 30.0  # seconds; every unary call of the contract answers far sooner or is lost
-RESTART_BUDGET = 15.0  # seconds that a server may be away
+RESTART_BUDGET = 30.0  # seconds that a server may be away
 _PAUSE = 0.02  # seconds between attempts of a stream to go on
+_LASTING = 5.0  # seconds that no attempt takes whose server is away: a stream that lasted so long was served
 
 Answer = TypeVar("Answer")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -94,16 +95,20 @@ class BackgroundStream:
         with translated(peer):
             self._answers = self._begin()
         self._closed = threading.Event()
-        self._heard = time.monotonic()
+        self._heard = float("-inf")
         self._thread = threading.Thread(target=self._read, args=(on_item, on_end), name=f"watch {peer}", daemon=True)
         self._thread.start()
 
     def _read(self, on_item: Callable[[Any], None], on_end: Callable[[Exception], None]) -> None:
         failure = self._take(on_item)
-        while isinstance(failure, PeerUnavailable) and time.monotonic() < self._heard + RESTART_BUDGET:
+        away_since = time.monotonic()
+        while isinstance(failure, PeerUnavailable) and time.monotonic() < away_since + RESTART_BUDGET:
             if self._closed.wait(_PAUSE):
                 return
+            begun = time.monotonic()
             failure = self._again() or self._take(on_item)
+            if self._heard > begun or time.monotonic() > begun + _LASTING:
+                away_since = time.monotonic()  # it had been back, and is away again
         if not self._closed.is_set():
             on_end(failure)
 

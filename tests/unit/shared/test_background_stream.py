@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from vtlab.client import calls
 from vtlab.client.calls import BackgroundStream, call, stream
 from vtlab.errors import Cancelled, VtlabError
 from vtlab.status import translated
@@ -103,6 +104,66 @@ def test_who_closes_the_stream_and_then_the_channel_is_told_nothing(channel: grp
     closers[0].join(PATIENCE)
     watched.stream.close()
     assert watched.ends == []
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Scripted:
+    """A stream that lasts so long, gives its items, and ends with the death of its server."""
+
+    def __init__(self, clock: Clock, seconds: float, *items: str) -> None:
+        self._clock, self._seconds, self._items = clock, seconds, items
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._items
+        self._clock.now += self._seconds
+        raise Gone
+
+    def cancel(self) -> None:
+        """Nothing is held."""
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, *script: tuple[float, tuple[str, ...]]) -> tuple[list[str], int]:
+    """What came, and how many streams of the script were begun until no more was hoped for."""
+    clock, items, ended = Clock(), list[str](), threading.Event()
+    monkeypatch.setattr(calls, "time", clock)
+    monkeypatch.setattr(calls, "_PAUSE", 0)
+    streams = [Scripted(clock, seconds, *what) for seconds, what in script]
+    begun: list[Scripted] = []
+
+    def begin(_request: object) -> Scripted:
+        if len(begun) < len(streams):
+            begun.append(streams[len(begun)])
+            return begun[-1]
+        return Scripted(clock, 0.9 * calls.RESTART_BUDGET)
+
+    BackgroundStream("vmm", begin, dict, items.append, lambda _error: ended.set())
+    assert ended.wait(PATIENCE)
+    return items, len(begun)
+
+
+def test_a_stream_that_was_silent_for_long_goes_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is how long the server is away, not when it last had something to say."""
+    silent, away = 100 * calls.RESTART_BUDGET, 0.1
+    script = ((silent, ("an item",)), (away, ()), (silent, ()), (away, ()), (away, ("another",)))
+    monkeypatch.setattr(calls, "_LASTING", calls.RESTART_BUDGET)
+    assert watched(monkeypatch, *script)[0] == ["an item", "another"]
+
+
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = calls.RESTART_BUDGET / 10
+    monkeypatch.setattr(calls, "_LASTING", calls.RESTART_BUDGET)
+    items, begun = watched(monkeypatch, (0, ("an item",)), *[(attempt, tuple[str, ...]())] * 100)
+    assert items == ["an item"]
+    assert 10 <= begun <= 12
 
 
 def test_calls_on_a_closed_channel_are_cancelled(channel: grpc.Channel) -> None:
