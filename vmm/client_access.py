@@ -19,7 +19,7 @@ from vtlab.enums import name_of
 from vtlab.errors import BadArgument, LimitExceeded, Refused, Unsupported
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, ProcessorState, RegisterName, RegisterValue
-from vtlab.v1.vcpu_pb2 import Enter, Exit, MsrAccess, Resolution, SerialInput, Update
+from vtlab.v1.vcpu_pb2 import Enter, Exit, MachineCheck, MsrAccess, PendingEvent, Resolution, SerialInput, Update
 from vtlab.v1.vmm_pb2 import TranslateResponse
 from vtlab.x86.paging import NonCanonicalAddress, PageFault, UnsupportedPaging, walk
 
@@ -46,6 +46,33 @@ def write_memory(board: Board, gpa: int, data: bytes) -> None:
         raise BadArgument("data", f"{len(data)} bytes are more than {MAX_TRANSFER}")
     with board.gate.none_inside():
         board.memory.write(gpa, data)
+
+
+def inject_nmi(board: Board, vp_index: int) -> None:
+    """Pends behind an exit that is open, as behind an instruction."""
+    find_processor(board, vp_index)
+    board.tell(vp_index, Update(event=PendingEvent(nmi=True)))
+
+
+def inject_machine_check(board: Board, vp_index: int, error: MachineCheck) -> Resolution:
+    """Gives it to VTL0, unless VTL1 decides otherwise; what it decided.
+
+    Raises:
+        Unsupported: VTL1 is guest code, which no machine check is brought to.
+        LimitExceeded: earlier ones were not taken yet.
+    """
+    processor = find_processor(board, vp_index)
+    if processor.waiting >= MAX_WAITING:
+        raise LimitExceeded("machine check", "earlier ones were not taken yet", limit=MAX_WAITING)
+    verdict = Resolution(action=vcpu_pb2.ACTION_COMMIT)
+    if processor.vtl.has(VTL1):
+        if board.guest_code:
+            raise Unsupported("machine check", "VTL1 is the guest's own code and cannot be asked about it")
+        verdict = _ask(board, processor, Exit(machine_check=error))
+    if verdict.action == vcpu_pb2.ACTION_COMMIT:
+        processor.post(Update(event=PendingEvent(machine_check=error)))
+        board.gate.wake(vp_index)
+    return verdict
 
 
 def read_disk(board: Board, offset: int, size: int) -> bytes:
@@ -133,16 +160,21 @@ def _judge(board: Board, processor: Processor, exit_: Exit, subject: str) -> Res
     """VTL1's verdict on a client's write. Raises Refused unless it is COMMIT or REPLACE."""
     if board.guest_code:
         raise Refused(subject, "VTL1 is the guest's own code and cannot be asked about a client's write", rule="vtl1")
-    exit_.vp_index, exit_.vtl, exit_.origin = processor.index, VTL0, vcpu_pb2.ORIGIN_CLIENT
-    with board.serving:
-        answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_CLIENT_WRITE, intercept=exit_))
-        resolution = answer.resolution
-        board.events.record(vmm_pb2.EVENT_KIND_VERDICT, (exit_, resolution), processor.index, VTL0, weight=512)
-        processor.post(*take_updates(board, processor, answer))
+    resolution = _ask(board, processor, exit_)
     if resolution.action not in (vcpu_pb2.ACTION_COMMIT, vcpu_pb2.ACTION_REPLACE):
         reason = resolution.reason or "no rule allows it"
         raise Refused(subject, f"VTL1 refuses the write: {reason}", rule=resolution.reason)
     return resolution
+
+
+def _ask(board: Board, processor: Processor, exit_: Exit) -> Resolution:
+    """VTL1's answer to what comes from outside the machine; what it wants programmed is."""
+    exit_.vp_index, exit_.vtl, exit_.origin = processor.index, VTL0, vcpu_pb2.ORIGIN_CLIENT
+    with board.serving:
+        answer = enter_vtl1(board, processor, Enter(reason=vcpu_pb2.ENTER_REASON_CLIENT_WRITE, intercept=exit_))
+        board.events.record(vmm_pb2.EVENT_KIND_VERDICT, (exit_, answer.resolution), processor.index, VTL0, weight=512)
+        processor.post(*take_updates(board, processor, answer))
+    return answer.resolution
 
 
 def translate(board: Board, vp_index: int, gva: int) -> TranslateResponse:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vmm import client_access, designs
-from vmm.board import Board, Ending, reset_wanted
+from vmm.board import Board, Ending, reset_wanted, stopped
 from vmm.devices import optional
 from vmm.devices.bus import PortBus
 from vmm.devices.disk import Disk, DiskController
@@ -46,6 +46,7 @@ from vtlab.v1.vcpu_pb2 import (
     BootImage,
     BootModule,
     InvalidateCode,
+    MachineCheck,
     ReferenceClock,
     StandDown,
     Update,
@@ -273,6 +274,18 @@ class Machine:
             if request.resume:
                 board.gate.release()
             return before
+
+    def check(self, vp_index: int, error: MachineCheck) -> vmm_pb2.Machine:
+        """A machine check: VTL1 decides whether VTL0 hears of it, or what becomes of the machine."""
+        with self._control:
+            with self.doing(Operation.INJECT, parked=True) as board:
+                verdict = client_access.inject_machine_check(board, vp_index, error)
+            reason = f"by VTL1: {verdict.reason}"
+            if verdict.action == vcpu_pb2.ACTION_RESET:
+                self._conclude(board, reset_wanted(self.spec, f"reset {reason}"))
+            elif verdict.action != vcpu_pb2.ACTION_COMMIT:
+                self._conclude(board, stopped(f"halted {reason}"))
+            return self.describe()
 
     def destroy(self) -> None:
         """Ends it and removes its memory. The levels forget it as far as they can be reached."""

@@ -133,6 +133,14 @@ class VmmService(vmm_pb2_grpc.VmmServiceServicer):
             client_access.write_serial(board, request.port, request.data)
             return vmm_pb2.WriteSerialResponse()
 
+    def Inject(self, request: vmm_pb2.InjectRequest, context: grpc.ServicerContext) -> vmm_pb2.InjectResponse:
+        machine = self._machines.get(request.vm)
+        if request.WhichOneof("event") == "machine_check":
+            return vmm_pb2.InjectResponse(machine=machine.check(request.vp_index, request.machine_check))
+        with machine.doing(Operation.INJECT) as board:
+            client_access.inject_nmi(board, request.vp_index)
+        return vmm_pb2.InjectResponse(machine=machine.describe())
+
     def ReadDisk(self, request: vmm_pb2.ReadDiskRequest, context: grpc.ServicerContext) -> vmm_pb2.ReadDiskResponse:
         with self._machines.get(request.vm).doing(Operation.READ_DISK) as board:
             data = client_access.read_disk(board, request.offset, request.size)

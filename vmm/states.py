@@ -28,6 +28,7 @@ class Operation(StrEnum):
     READ_DISK = "read disk"
     WRITE_DISK = "write disk"
     GUARD = "guard"
+    INJECT = "inject"
     SET_FILTERS = "set filters"
     # From inside: a vCPU ended, asked for a reset, or broke.
     GUEST_ENDS = "end"
@@ -62,7 +63,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     RUNNING: {
-        **_stay(RUNNING, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.RESET, _O.GUEST_RESETS),
+        **_stay(RUNNING, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.INJECT, _O.RESET, _O.GUEST_RESETS),
         _O.PAUSE: PAUSED,
         _O.STOP: STOPPED,
         _O.DESTROY: FAILED,
@@ -70,7 +71,7 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     PAUSED: {
-        **_stay(PAUSED, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD),
+        **_stay(PAUSED, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.INJECT),
         _O.RESUME: RUNNING,
         _O.STOP: STOPPED,
         _O.RESET: RUNNING,

@@ -14,6 +14,7 @@ from vtl1_monitor.filter import intercept_filter
 from vtl1_monitor.judge import Verdict, judge
 from vtl1_monitor.kexec_image import KexecModule
 from vtl1_monitor.memory import GuestMemory
+from vtl1_monitor.poison_judge import judge_poison
 from vtl1_monitor.policy.image import BootImage
 from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.rules import Action, Rules
@@ -229,6 +230,9 @@ class Machine:
             verdict = judge_load(rules, self, exit_.state_load)
             if exit_.state_load.cause == vcpu_pb2.STATE_LOAD_CAUSE_WAKE and rules.lifecycle.s3 is SleepMode.VERIFY:
                 self.processors[vp_index].sealed = exit_.state_load.before.SerializeToString()
+        elif exit_.HasField("machine_check"):
+            error = exit_.machine_check
+            verdict = judge_poison(self.rules, self.memory.code(error.address // PAGE_SIZE), error)
         elif exit_.HasField("protect"):
             verdict = judge_protection(rules, exit_.protect)
         else:

@@ -102,6 +102,7 @@ class Transition:
             for protection again wherever the change lifted it. Evidence.reached: the change was complete; else the
             guest is broken.
         vp_count: vCPUs that it needs.
+        interrupted: things come at instants that differ from run to run, so their order says nothing.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Transition:
     source: str
     run: Callable[[Guest], tuple[Guest, Evidence]]
     vp_count: int = 1
+    interrupted: bool = False
 
 
 class Attempts:

@@ -13,7 +13,7 @@ from pathlib import Path
 from vtlab.errors import BadArgument
 from vtlab_matrix.cells import EVERY_TRANSITION
 from vtlab_matrix.outcome import Outcome
-from vtlab_matrix.timeline import Line
+from vtlab_matrix.timeline import LEFT_OUT, Line
 
 BEGIN = "<!-- recorded runs, written by `make lifecycle` -->"
 END = "<!-- end of recorded runs -->"
@@ -29,6 +29,8 @@ def steps(timeline: Iterable[Line]) -> list[str]:
     told: list[str] = []
     part = 0
     for line in timeline:
+        if line.kind == "mark" and line.text.endswith(LEFT_OUT):
+            continue
         if line.kind == "mark":
             part += 1
             if part == 2:
@@ -91,10 +93,13 @@ def _plain(text: str) -> str:
 
 
 def diagram(outcome: Outcome) -> str:
-    """The Mermaid source of one transition."""
+    """The Mermaid source of one transition; where order says nothing, each step once, by its text."""
     who = [GUEST, VMM, MONITOR]
     lines = ["sequenceDiagram", *(f"    participant {one}" for one in who)]
-    return "\n".join([*lines, *(f"    {step}" for step in steps(outcome.timeline))])
+    told = steps(outcome.timeline)
+    if EVERY_TRANSITION[outcome.cell.name].interrupted:
+        told = sorted({step.strip() for step in told} - {"loop", "end"})
+    return "\n".join([*lines, *(f"    {step}" for step in told)])
 
 
 def section(outcomes: Sequence[Outcome]) -> str:

@@ -16,6 +16,8 @@ from vtlab.services import Service
 from vtlab.v1 import vmm_pb2
 
 LINES = 200  # of one cell; the middle counts least
+# How a mark ends that stands for lines which are not told.
+LEFT_OUT = ("lines left out", " times")
 LOOP_LINES, LOOP_TIMES = 6, 8  # so few lines, so often, are a loop
 COMMAND_PORT = 1
 

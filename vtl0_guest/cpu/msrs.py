@@ -29,15 +29,17 @@ _LOCAL_APIC = frozenset({int(Msr.APIC_BASE), int(Msr.TSC_DEADLINE), *range(0x800
 _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 # Kept as written, without effect: index -> (value after RESET, writable bits).
 _MICROCODE, _MTRR_CAP, _MTRR_DEF, _SYSCFG, _HWCR, _VM_CR = 0x8B, 0xFE, 0x2FF, 0xC0010010, 0xC0010015, Msr.VM_CR
-_MCG_CAP, _MCG_STATUS, _NB_CFG = 0x179, 0x17A, 0xC001001F
+MCG_CAP, MCG_STATUS, _NB_CFG = 0x179, 0x17A, 0xC001001F
+MC0 = MC0_CTL, MC0_STATUS, MC0_ADDR, MC0_MISC = range(0x400, 0x404)
 FIRST_COUNTER, COUNTERS = 0xC0010004, 4
 _ALL = (1 << 64) - 1
 SHADOWS: dict[int, tuple[int, int]] = {
     _MICROCODE: (0, 0),
     _MTRR_CAP: (0x508, 0),  # write-combining, fixed ranges, 8 variable ranges
     _MTRR_DEF: (0, 0xCFF),
-    _MCG_CAP: (0, 0),  # no machine-check banks
-    _MCG_STATUS: (0, 0x7),
+    MCG_CAP: (1, 0),  # one machine-check bank
+    MCG_STATUS: (0, 0x7),
+    **dict.fromkeys(MC0, (0, _ALL)),
     **dict.fromkeys([0x250, 0x258, 0x259, *range(0x268, 0x270)], (0, _ALL)),
     **dict.fromkeys(range(0x200, 0x210), (0, 0xFF_FFFF_FFFF)),
     Msr.MISC_ENABLE: (1, _ALL),
@@ -50,7 +52,7 @@ SHADOWS: dict[int, tuple[int, int]] = {
     _VM_CR: (0x18, 0),
 }
 
-READ_ONLY = frozenset({int(Msr.VM_CR), _MTRR_CAP, _MCG_CAP})
+READ_ONLY = frozenset({int(Msr.VM_CR), _MTRR_CAP, MCG_CAP})
 
 
 def initial_shadows() -> dict[int, int]:

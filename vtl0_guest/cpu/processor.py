@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 from iced_x86 import Instruction, Mnemonic
 from unicorn import UcError
 
-from vtl0_guest.cpu import delivery, device_memory, exits, layout, levels, memory_faults, startup, startup_window, state
+from vtl0_guest.cpu import (
+    delivery,
+    device_memory,
+    exits,
+    layout,
+    levels,
+    machine_check,
+    memory_faults,
+    startup,
+    startup_window,
+    state,
+)
 from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import decode
 from vtl0_guest.cpu.devices.bus import MmioDevice, SystemManagementInterrupt
@@ -37,6 +48,7 @@ _IF, _TF = int(Rflags.IF), int(Rflags.TF)
 _DR6_BS = 0x4000
 _SVM = 0x100
 _RIP = layout.RIP // 8
+_MACHINE_CHECKS = 4  # that may wait; the first ones are lost, as in a bank
 _MAX_UNSENT = 4096  # bytes of serial output that may wait
 _ENDS = frozenset({"debug_exit", "reset_request", "power_off", "shutdown", "failure"})
 _CARRIERS = _ENDS | {"output"}
@@ -65,7 +77,7 @@ class Processor:
         self._environment = context.environment
         self._engine = context.engine
         self._origin = exits.origin_bytes(context.vp_index, context.vtl)
-        self._resolver = Resolver(core, context, self._park_at_enter)
+        self._resolver = Resolver(core, context, self._park_at_enter, self._report)
         self._open: Operation | None = None
         self._parked = False
         self._stopped: Operation | None = None
@@ -75,6 +87,7 @@ class Processor:
         self._smi_pending = False
         self._nmi_pending = False
         self._nmi_blocked = False
+        self._machine_checks: deque[vcpu_pb2.MachineCheck] = deque(maxlen=_MACHINE_CHECKS)
         # RIP and RSP of the IRET that ends an NMI's handler, from its exit until it has run.
         self._iret: tuple[int, int] | None = None
         self._stops_behind_iret = False
@@ -516,6 +529,8 @@ class Processor:
             return None
         if platform.take_nmi(context.vp_index):
             self._nmi_pending = True
+        if self._machine_checks and not context.smm.active:
+            return self._take_machine_check()
         shadow = self._environment.interrupt_shadow
         if self._nmi_pending and not self._nmi_blocked:
             if shadow:
@@ -536,6 +551,24 @@ class Processor:
         context.halted = False
         self._engine.set_pending(True)  # another one may wait: ask again after this one
         return self._deliver(Event(vector, None, self._environment.rip, external=True))
+
+    def _take_machine_check(self) -> Operation | None:
+        """At the next border between instructions, whatever else is held back."""
+        error = self._machine_checks.popleft()
+        self._context.halted = False
+        self._engine.set_pending(True)
+        if self._machine_checks:
+            self._engine.set_stop()  # with interrupts off, too
+        try:
+            event = machine_check.take(self._context, error)
+        except Shutdown as shutdown:
+            return self._shutdown(shutdown)
+        return self._deliver(event)
+
+    def _report(self, error: vcpu_pb2.MachineCheck) -> None:
+        """From outside: an error of the hardware, taken as soon as this processor runs."""
+        self._machine_checks.append(error)
+        self._engine.set_pending(True)
 
     def _synchronize(self) -> None:
         """Code and nested rights that others changed, and who sees SMRAM."""

@@ -41,8 +41,19 @@ def fault_of(resolution: vcpu_pb2.Resolution) -> GuestFault | None:
 class Resolver:
     """Applies one processor's enters."""
 
-    def __init__(self, core: Core, context: Context, park: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        context: Context,
+        park: Callable[[], object],
+        report: Callable[[vcpu_pb2.MachineCheck], object],
+    ) -> None:
+        """Args:
+        park: leaves the processor as INIT does.
+        report: takes an error of the hardware.
+        """
         self._core = core
+        self._report = report
         self._context = context
         self._actions = {
             vcpu_pb2.ACTION_UNSPECIFIED: self._deny,
@@ -121,6 +132,8 @@ class Resolver:
             yield Event(event.interrupt_vector & 0xFF, None, rip, external=True)
         elif kind == "nmi" and event.nmi:
             yield Event(Vector.NMI, None, rip, external=True)
+        elif kind == "machine_check":
+            self._report(event.machine_check)
         elif kind == "irq_pulse":
             if event.irq_pulse > 15:
                 raise errors.BadArgument(f"IRQ {event.irq_pulse}", "is not an ISA line")

@@ -320,6 +320,7 @@ class Lifecycle(Model):
     minimum_kernel_version: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     s3: Annotated[SleepMode, _by_value(SleepMode)] = SleepMode.RESTORE
     waking: Name | None = None
+    poison: Annotated[StateViolation, _by_value(StateViolation)] = StateViolation.RESET
     hibernate: Annotated[Hibernate, _by_value(Hibernate)] = Hibernate.SEAL
 
 

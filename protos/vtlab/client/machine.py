@@ -12,10 +12,12 @@ from vtlab.client.calls import BackgroundStream, call, repeated, stream
 from vtlab.client.names import RegisterContent, event_kinds, register_values, state_name
 from vtlab.client.serial import ENDED, Observed, Pattern, SerialReader, events_of
 from vtlab.errors import BadArgument, BadImage, NotFound, PeerUnavailable, VtlabError, WrongState
-from vtlab.v1 import registers_pb2, vmm_pb2, vmm_pb2_grpc
+from vtlab.v1 import registers_pb2, vcpu_pb2, vmm_pb2, vmm_pb2_grpc
 
 MEMORY_CHUNK = 1 << 20  # bytes; the contract's limit for one read or write
 PAGE_SIZE = 4096
+# MC0_STATUS: VAL, UC, EN, MISCV, ADDRV, S; a memory scrubbing error (Intel SDM volume 3, 16.9.3).
+MEMORY_ERROR = 0xBD00_0000_0000_00C0
 _WATCHED = (vmm_pb2.EVENT_KIND_STATE, vmm_pb2.EVENT_KIND_SERIAL)
 
 
@@ -243,6 +245,26 @@ class Machine:
                 raise BadArgument(f"address {at:#x}", "is not mapped")
             data += self.read_memory(walk.gpa, min(size - len(data), PAGE_SIZE - at % PAGE_SIZE))
         return bytes(data)
+
+    def inject_nmi(self, vp_index: int = 0) -> None:
+        """The NMI button. Raises WrongState unless it runs or is paused."""
+        call(self._peer, self._stub.Inject, vmm_pb2.InjectRequest(vm=self.name, vp_index=vp_index, nmi=True))
+
+    def inject_machine_check(
+        self, address: int, status: int = MEMORY_ERROR, mcg_status: int = 1, vp_index: int = 0
+    ) -> vmm_pb2.Machine:
+        """A memory error at a guest-physical address; what became of the machine.
+
+        Args:
+            status: MC0_STATUS; by default an uncorrected error that software may leave aside.
+            mcg_status: 1 if the interrupted code can go on (RIPV).
+
+        Raises:
+            WrongState, Unsupported: it does not run, or its VTL1 is guest code.
+        """
+        error = vcpu_pb2.MachineCheck(status=status, address=address, mcg_status=mcg_status)
+        request = vmm_pb2.InjectRequest(vm=self.name, vp_index=vp_index, machine_check=error)
+        return self._move(self._stub.Inject, request)
 
     def read_disk(self, offset: int, size: int) -> bytes:
         """Bytes of its disk, also while it is off. Raises BadArgument, Unsupported without a disk."""

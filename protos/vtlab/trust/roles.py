@@ -49,6 +49,7 @@ RPC_ROLES: dict[str, frozenset[Role]] = {
     "vtlab.v1.VmmService/GuardMachine": _OPERATOR,
     "vtlab.v1.VmmService/SetUserspaceFilters": _OPERATOR,
     "vtlab.v1.VmmService/WriteSerial": _OPERATOR,
+    "vtlab.v1.VmmService/Inject": _OPERATOR,
     "vtlab.v1.VmmService/ReadDisk": _OPERATOR,
     "vtlab.v1.VmmService/WriteDisk": _OPERATOR,
     "vtlab.v1.VmmService/WatchEvents": _CLIENTS,

@@ -1289,6 +1289,7 @@ class PendingEvent(_message.Message):
     NMI_FIELD_NUMBER: _builtins.int
     IRQ_PULSE_FIELD_NUMBER: _builtins.int
     IRQ_LINE_FIELD_NUMBER: _builtins.int
+    MACHINE_CHECK_FIELD_NUMBER: _builtins.int
     interrupt_vector: _builtins.int
     """External interrupt, through the local APIC's virtual wire (ExtINT)."""
     nmi: _builtins.bool
@@ -1298,6 +1299,8 @@ class PendingEvent(_message.Message):
     def exception(self) -> Global___Exception: ...
     @_builtins.property
     def irq_line(self) -> Global___IrqLine: ...
+    @_builtins.property
+    def machine_check(self) -> Global___MachineCheck: ...
     def __init__(
         self,
         *,
@@ -1306,16 +1309,46 @@ class PendingEvent(_message.Message):
         nmi: _builtins.bool = ...,
         irq_pulse: _builtins.int = ...,
         irq_line: Global___IrqLine | None = ...,
+        machine_check: Global___MachineCheck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "machine_check", b"machine_check", "nmi", b"nmi"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "nmi", b"nmi"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exception", b"exception", "interrupt_vector", b"interrupt_vector", "irq_line", b"irq_line", "irq_pulse", b"irq_pulse", "machine_check", b"machine_check", "nmi", b"nmi"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["exception", "interrupt_vector", "nmi", "irq_pulse", "irq_line"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["exception", "interrupt_vector", "nmi", "irq_pulse", "irq_line", "machine_check"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PendingEvent: _TypeAlias = PendingEvent  # noqa: Y015
+
+@_typing.final
+class MachineCheck(_message.Message):
+    """A memory error, as bank 0 reports it; then #MC, or a shutdown where CR4.MCE is clear or another one is not dealt with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MCG_STATUS_FIELD_NUMBER: _builtins.int
+    status: _builtins.int
+    """MC0_STATUS. VAL is set; with ADDRV, `address` is where."""
+    address: _builtins.int
+    mcg_status: _builtins.int
+    """Bits of MCG_STATUS besides MCIP: 1 RIPV, 2 EIPV."""
+    def __init__(
+        self,
+        *,
+        status: _builtins.int = ...,
+        address: _builtins.int = ...,
+        mcg_status: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "mcg_status", b"mcg_status", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MachineCheck: _TypeAlias = MachineCheck  # noqa: Y015
 
 @_typing.final
 class IrqLine(_message.Message):
@@ -1621,6 +1654,7 @@ class Exit(_message.Message):
     STARTUP_FIELD_NUMBER: _builtins.int
     STATE_LOAD_FIELD_NUMBER: _builtins.int
     SLEEP_FIELD_NUMBER: _builtins.int
+    MACHINE_CHECK_FIELD_NUMBER: _builtins.int
     VTL_RETURN_FIELD_NUMBER: _builtins.int
     PROTECT_FIELD_NUMBER: _builtins.int
     STATE_REQUEST_FIELD_NUMBER: _builtins.int
@@ -1688,6 +1722,10 @@ class Exit(_message.Message):
     @_builtins.property
     def sleep(self) -> Global___Sleep: ...
     @_builtins.property
+    def machine_check(self) -> Global___MachineCheck:
+        """Made by the VMM, for VTL1 to decide about before VTL0 hears of it: COMMIT lets VTL0 have it."""
+
+    @_builtins.property
     def vtl_return(self) -> Global___VtlReturn:
         """From VTL1 only."""
 
@@ -1726,15 +1764,16 @@ class Exit(_message.Message):
         startup: Global___Startup | None = ...,
         state_load: Global___StateLoad | None = ...,
         sleep: Global___Sleep | None = ...,
+        machine_check: Global___MachineCheck | None = ...,
         vtl_return: Global___VtlReturn | None = ...,
         protect: Global___Protect | None = ...,
         state_request: Global___StateRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "invlpg", b"invlpg", "kicked", b"kicked", "machine_check", b"machine_check", "memory_fault", b"memory_fault", "msr", b"msr", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "vtl_return", b"vtl_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "debug_exit", b"debug_exit", "failure", b"failure", "halt", b"halt", "hypercall", b"hypercall", "instruction", b"instruction", "instruction_length", b"instruction_length", "invlpg", b"invlpg", "kicked", b"kicked", "machine_check", b"machine_check", "memory_fault", b"memory_fault", "msr", b"msr", "origin", b"origin", "output", b"output", "port", b"port", "power_off", b"power_off", "protect", b"protect", "reason", b"reason", "register_write", b"register_write", "registers", b"registers", "reset_request", b"reset_request", "sequence", b"sequence", "serial", b"serial", "shared", b"shared", "shutdown", b"shutdown", "sleep", b"sleep", "startup", b"startup", "state_load", b"state_load", "state_request", b"state_request", "synic_delivered", b"synic_delivered", "vp_index", b"vp_index", "vtl", b"vtl", "vtl_return", b"vtl_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "sleep", "vtl_return", "protect", "state_request"]  # noqa: Y015
+    _WhichOneofReturnType_reason: _TypeAlias = _typing.Literal["register_write", "msr", "memory_fault", "hypercall", "port", "cpuid", "halt", "shutdown", "debug_exit", "kicked", "output", "reset_request", "failure", "invlpg", "power_off", "startup", "state_load", "sleep", "machine_check", "vtl_return", "protect", "state_request"]  # noqa: Y015
     _WhichOneofArgType_reason: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reason) -> _WhichOneofReturnType_reason | None: ...
 

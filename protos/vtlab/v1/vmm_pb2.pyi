@@ -1231,6 +1231,59 @@ class WriteSerialResponse(_message.Message):
 Global___WriteSerialResponse: _TypeAlias = WriteSerialResponse  # noqa: Y015
 
 @_typing.final
+class InjectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    VP_INDEX_FIELD_NUMBER: _builtins.int
+    NMI_FIELD_NUMBER: _builtins.int
+    MACHINE_CHECK_FIELD_NUMBER: _builtins.int
+    vm: _builtins.str
+    vp_index: _builtins.int
+    nmi: _builtins.bool
+    @_builtins.property
+    def machine_check(self) -> _vcpu_pb2.MachineCheck: ...
+    def __init__(
+        self,
+        *,
+        vm: _builtins.str = ...,
+        vp_index: _builtins.int = ...,
+        nmi: _builtins.bool = ...,
+        machine_check: _vcpu_pb2.MachineCheck | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "machine_check", b"machine_check", "nmi", b"nmi"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "machine_check", b"machine_check", "nmi", b"nmi", "vm", b"vm", "vp_index", b"vp_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["nmi", "machine_check"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___InjectRequest: _TypeAlias = InjectRequest  # noqa: Y015
+
+@_typing.final
+class InjectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def machine(self) -> Global___Machine:
+        """After it: a machine check may have reset or stopped it."""
+
+    def __init__(
+        self,
+        *,
+        machine: Global___Machine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectResponse: _TypeAlias = InjectResponse  # noqa: Y015
+
+@_typing.final
 class ReadDiskRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -130,6 +130,11 @@ class VmmServiceStub:
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
                 response_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.FromString,
                 _registered_method=True)
+        self.Inject = channel.unary_unary(
+                '/vtlab.v1.VmmService/Inject',
+                request_serializer=vtlab_dot_v1_dot_vmm__pb2.InjectRequest.SerializeToString,
+                response_deserializer=vtlab_dot_v1_dot_vmm__pb2.InjectResponse.FromString,
+                _registered_method=True)
         self.ReadDisk = channel.unary_unary(
                 '/vtlab.v1.VmmService/ReadDisk',
                 request_serializer=vtlab_dot_v1_dot_vmm__pb2.ReadDiskRequest.SerializeToString,
@@ -275,6 +280,13 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Inject(self, request, context):
+        """What the hardware does by itself: an NMI, or a machine check. VTL1 hears of a machine check first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadDisk(self, request, context):
         """The machine's disk, as whoever holds it can read and write it, also while the machine is off.
         """
@@ -392,6 +404,11 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.WriteSerial,
                     request_deserializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.FromString,
                     response_serializer=vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.SerializeToString,
+            ),
+            'Inject': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inject,
+                    request_deserializer=vtlab_dot_v1_dot_vmm__pb2.InjectRequest.FromString,
+                    response_serializer=vtlab_dot_v1_dot_vmm__pb2.InjectResponse.SerializeToString,
             ),
             'ReadDisk': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadDisk,
@@ -923,6 +940,33 @@ class VmmService:
             '/vtlab.v1.VmmService/WriteSerial',
             vtlab_dot_v1_dot_vmm__pb2.WriteSerialRequest.SerializeToString,
             vtlab_dot_v1_dot_vmm__pb2.WriteSerialResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtlab.v1.VmmService/Inject',
+            vtlab_dot_v1_dot_vmm__pb2.InjectRequest.SerializeToString,
+            vtlab_dot_v1_dot_vmm__pb2.InjectResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,8 @@ class VmmServiceStub:
     SetUserspaceFilters: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]
     """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]
+    Inject: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.InjectRequest, _vmm_pb2.InjectResponse]
+    """What the hardware does by itself: an NMI, or a machine check. VTL1 hears of a machine check first."""
     ReadDisk: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ReadDiskRequest, _vmm_pb2.ReadDiskResponse]
     """The machine's disk, as whoever holds it can read and write it, also while the machine is off."""
     WriteDisk: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.WriteDiskRequest, _vmm_pb2.WriteDiskResponse]
@@ -104,6 +106,8 @@ class VmmServiceAsyncStub(VmmServiceStub):
     SetUserspaceFilters: _aio.UnaryUnaryMultiCallable[_vmm_pb2.SetUserspaceFiltersRequest, _vmm_pb2.SetUserspaceFiltersResponse]  # type: ignore[assignment]
     """Replaces the filters of a machine of design "cr-filter", also while it runs."""
     WriteSerial: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteSerialRequest, _vmm_pb2.WriteSerialResponse]  # type: ignore[assignment]
+    Inject: _aio.UnaryUnaryMultiCallable[_vmm_pb2.InjectRequest, _vmm_pb2.InjectResponse]  # type: ignore[assignment]
+    """What the hardware does by itself: an NMI, or a machine check. VTL1 hears of a machine check first."""
     ReadDisk: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ReadDiskRequest, _vmm_pb2.ReadDiskResponse]  # type: ignore[assignment]
     """The machine's disk, as whoever holds it can read and write it, also while the machine is off."""
     WriteDisk: _aio.UnaryUnaryMultiCallable[_vmm_pb2.WriteDiskRequest, _vmm_pb2.WriteDiskResponse]  # type: ignore[assignment]
@@ -256,6 +260,14 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vmm_pb2.WriteSerialRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vmm_pb2.WriteSerialResponse, _abc.Awaitable[_vmm_pb2.WriteSerialResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Inject(
+        self,
+        request: _vmm_pb2.InjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.InjectResponse, _abc.Awaitable[_vmm_pb2.InjectResponse]]:
+        """What the hardware does by itself: an NMI, or a machine check. VTL1 hears of a machine check first."""
 
     @_abc_1.abstractmethod
     def ReadDisk(

@@ -153,6 +153,9 @@ class ToyVmm(vmm_pb2_grpc.VmmServiceServicer):
     def SetUserspaceFilters(self, request: vmm_pb2.SetUserspaceFiltersRequest, context: Any) -> Any:
         return vmm_pb2.SetUserspaceFiltersResponse()
 
+    def Inject(self, request: vmm_pb2.InjectRequest, context: Any) -> Any:
+        return vmm_pb2.InjectResponse(machine=self._machine(request.vm))
+
     def ReadDisk(self, request: vmm_pb2.ReadDiskRequest, context: Any) -> Any:
         self._machine(request.vm)
         return vmm_pb2.ReadDiskResponse(data=bytes(request.size))

@@ -411,6 +411,54 @@ def test_a_refused_hijack_goes_on_as_before(machine_parts: Parts) -> None:
     wait_until(lambda: machine._board.gate._places[0].name == "INSIDE")
 
 
+def checked(machine: Machine, address: int = 0x5000) -> None:
+    machine.check(0, vcpu_pb2.MachineCheck(status=1 << 58, address=address, mcg_status=1))
+
+
+def test_a_machine_check_is_vtl0s_if_vtl1_lets_it_have_it(machine_parts: Parts) -> None:
+    machine, guest, monitor = machine_parts
+    machine.start()
+    enable_vtl1(machine)
+    monitor.say(returns(action=vcpu_pb2.ACTION_COMMIT))
+    checked(machine)
+    assert monitor.entered[-1].intercept.machine_check.address == 0x5000
+    wait_until(lambda: any(one.event.HasField("machine_check") for enter in guest.entered for one in enter.updates))
+    assert machine.describe().generation == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "generation"),
+    [
+        (vcpu_pb2.ACTION_RESET, RUNNING, 2),
+        (vcpu_pb2.ACTION_HALT, STOPPED, 1),
+        (vcpu_pb2.ACTION_UNSPECIFIED, STOPPED, 1),
+    ],
+)
+def test_a_machine_check_that_vtl0_does_not_hear_of(
+    machine_parts: Parts, action: vcpu_pb2.Action.ValueType, state: int, generation: int
+) -> None:
+    machine, guest, monitor = machine_parts
+    machine.start()
+    enable_vtl1(machine)
+    monitor.say(returns(action=action, reason="a bad page"))
+    checked(machine)
+    seen = machine.describe()
+    assert (seen.state, seen.generation) == (state, generation)
+    assert "a bad page" in seen.reason
+    assert not any(one.event.HasField("machine_check") for enter in guest.entered for one in enter.updates)
+
+
+def test_an_nmi_without_vtl1(machine_parts: Parts) -> None:
+    machine, guest, _ = machine_parts
+    machine.start()
+    guest.wait_entered(1)
+    with machine.doing(Operation.INJECT) as board:
+        client_access.inject_nmi(board, 0)
+        with pytest.raises(BadArgument, match="vp_index"):
+            client_access.inject_nmi(board, 9)
+    wait_until(lambda: any(one.event.nmi for enter in guest.entered for one in enter.updates))
+
+
 def test_translate(machine_parts: Parts) -> None:
     machine, guest, _ = machine_parts
     guest.processor_state.registers.CopyFrom(Registers(cr0=0x80000001, cr3=0x1000, cr4=0x20, efer=0xD00))

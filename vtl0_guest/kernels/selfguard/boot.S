@@ -87,3 +87,6 @@ kernel_stack_top:
     .skip 4096
     .globl fault_stack_top
 fault_stack_top: /* for #DF and NMI */
+    .skip 4096
+    .globl machine_check_stack_top
+machine_check_stack_top:

@@ -5,6 +5,8 @@
 void control_init(void) {
     u64 cr4 = CR4_PAE | CR4_PGE;
     struct cpuid features = cpuid(7, 0);
+    if (cpuid(1, 0).d & 1 << 7)
+        cr4 |= CR4_MCE;
     if (features.b & 1 << 7)
         cr4 |= CR4_SMEP;
     if (features.b & 1 << 20)

@@ -20,7 +20,7 @@ struct gate {
 };
 
 extern u64 trap_stubs[VECTORS];
-extern u8 kernel_stack_top[], fault_stack_top[], ap_stacks[MAX_CPUS - 1][1 << AP_STACK_SHIFT];
+extern u8 kernel_stack_top[], fault_stack_top[], machine_check_stack_top[], ap_stacks[MAX_CPUS - 1][1 << AP_STACK_SHIFT];
 
 RO_AFTER_INIT struct tss tss[MAX_CPUS];
 RO_AFTER_INIT struct gate interrupt_descriptor_table[256];
@@ -37,6 +37,7 @@ void descriptors_init(void) {
         u64 base = (u64)&tss[i], *descriptor = &global_descriptor_table[SELECTOR_TSS / 8 + 2 * i];
         tss[i].rsp[0] = i ? (u64)ap_stacks[i] : (u64)kernel_stack_top; /* where the next one's starts */
         tss[i].ist[0] = i ? (u64)ap_stacks[i - 1] + PAGE : (u64)fault_stack_top;
+        tss[i].ist[1] = i ? (u64)ap_stacks[i - 1] + 2 * PAGE : (u64)machine_check_stack_top;
         tss[i].io_map = sizeof tss[i];
         descriptor[0] = (sizeof tss[i] - 1) | (base & 0xFFFFFF) << 16 | 0x89ull << 40 | (base >> 24 & 0xFF) << 56;
         descriptor[1] = base >> 32;
@@ -44,7 +45,7 @@ void descriptors_init(void) {
 
     for (u32 vector = 0; vector < VECTORS; vector++) {
         u64 stub = trap_stubs[vector];
-        bool own_stack = vector == 2 || vector == 8;
+        u8 own_stack = vector == 2 || vector == 8 ? 1 : vector == 18 ? 2 : 0;
         interrupt_descriptor_table[vector] = (struct gate){
             .offset_low = (u16)stub,
             .selector = SELECTOR_KERNEL_CODE,

@@ -146,6 +146,11 @@ void hibernate_init(u64 ram_size);
 s64 hibernate(void);
 void hibernate_resume(bool by_vtl1);
 
+/* hardware.c */
+void nmi(void);
+bool machine_check(void);
+s64 nmi_storm(u64 count);
+
 /* text_poke.c */
 s64 text_poke(u64 address, const void *bytes, u64 size);
 

@@ -45,7 +45,8 @@
 #define SYS_SLEEP 14      /* (state 0, 3 or 4, ticks): suspends the machine; returns when it is awake */
 #define SYS_KEXEC 15      /* (operation, name, length): comes back where it is refused */
 #define SYS_CPU 16        /* (number, 0 or 1): takes a processor offline, or online */
-#define SYS_COUNT 17
+#define SYS_NMI 17        /* (count): changes CR4 until so many NMIs have come */
+#define SYS_COUNT 18
 
 #define EPERM 1
 #define ENOENT 2

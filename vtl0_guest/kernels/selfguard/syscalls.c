@@ -110,6 +110,11 @@ static s64 sys_cpu(u64 number, u64 on, u64 c, u64 d) {
     return cpu_set(number, on);
 }
 
+static s64 sys_nmi(u64 count, u64 b, u64 c, u64 d) {
+    (void)b, (void)c, (void)d;
+    return nmi_storm(count);
+}
+
 static s64 sys_kexec(u64 operation, u64 name, u64 size, u64 d) {
     char text[32] = {0};
     (void)d;
@@ -152,7 +157,7 @@ static s64 (*const table[SYS_COUNT])(u64, u64, u64, u64) = {
     [SYS_VTL_CALL] = vtl_call,       [SYS_HYPERCALL] = sys_hypercall,
     [SYS_RESET] = sys_reset,         [SYS_SMI] = sys_smi,
     [SYS_SLEEP] = sys_sleep,         [SYS_KEXEC] = sys_kexec,
-    [SYS_CPU] = sys_cpu,
+    [SYS_CPU] = sys_cpu,             [SYS_NMI] = sys_nmi,
 };
 
 struct request {

@@ -18,6 +18,13 @@ void trap(struct frame *frame) {
         return;
     }
 
+    if (frame->vector == 2) {
+        nmi();
+        return;
+    }
+    if (frame->vector == 18 && machine_check())
+        return;
+
     bool from_user = frame->cs & 3;
     last_fault = (struct fault){frame->vector, frame->error, frame->rip, frame->vector == 14 ? read_cr2() : 0};
     log("oops: vector=%u error=%x rip=%x cr2=%x cpl=%u\n", last_fault.vector, last_fault.error, last_fault.rip, last_fault.cr2,

@@ -198,6 +198,8 @@ static void do_cpu(void) {
 
 static void do_hypercall(void) { put_ok((u64)system_call(SYS_HYPERCALL, number(1), number(2), number(3), 0)); }
 
+static void do_nmi(void) { put_status(system_call(SYS_NMI, number(1), 0, 0, 0)); }
+
 static void do_on(void);
 
 #define DRIVER_COMMANDS 4
@@ -209,7 +211,7 @@ static const struct {
     {"user", do_user},           {"ticks", do_ticks},         {"module", do_module},   {"patch", do_patch}, {"control", do_control},
     {"map", do_map},             {"vtl", do_vtl},             {"reset", do_reset},     {"smi", do_smi},     {"sleep", do_sleep},
     {"kexec", do_kexec_command}, {"kdump", do_kdump_command}, {"crash", do_crash},     {"cpu", do_cpu},     {"on", do_on},
-    {"hypercall", do_hypercall},
+    {"hypercall", do_hypercall}, {"nmi", do_nmi},
 };
 
 static void obey(u64 count) {
