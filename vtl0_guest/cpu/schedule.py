@@ -28,9 +28,11 @@ class Schedule:
 
     Attributes:
         levels: always None: with another process that runs guest code nothing would be repeatable.
+        busy: always False: the host's time means nothing here.
     """
 
     levels: LevelTurns | None = None
+    busy = False
 
     def __init__(
         self,

@@ -142,6 +142,11 @@ class Turns:
             self._act()
             self._stop_driving()
 
+    @property
+    def busy(self) -> bool:
+        """A runner has a turn, or waits for one."""
+        return self._running is not None or bool(self._ready)
+
     def preempt(self) -> None:
         """The present turn ends soon."""
         with self._lock:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -256,3 +257,27 @@ def test_interrupt_ends_a_loop_without_a_kick(guest: Guest) -> None:
     guest.processor.wake()
     finish(thread)
     assert guest.vector == 0x66
+
+
+@pytest.mark.parametrize(
+    ("busy", "duration", "ago", "used", "starved"),
+    [
+        (True, 0.1, 0.1, 0.0001, True),  # a guest that set 100 ms and has run for 100 us since
+        (True, 0.1, 3.0, 0.0001, True),  # even now
+        (True, 0.1, 30.0, 0.0001, False),  # but not for ever
+        (True, 0.1, 0.1, 0.01, False),  # it has run for long enough to have done what it set the timer for
+        (True, 0.001, 0.001, 0.0004, True),
+        (True, 0.001, 0.001, 0.0006, False),  # half of a short one is enough
+        (True, 0.0, 0.0001, 0.0, False),  # was due when it was set
+        (False, 0.1, 0.1, 0.0, False),  # nothing runs: it halts, and the timer is what it waits for
+    ],
+)
+def test_a_timer_waits_for_a_processor_that_the_host_does_not_let_run(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, busy: bool, duration: float, ago: float, used: float, starved: bool
+) -> None:
+    core, now = guest.core, 1000.0
+    monkeypatch.setattr(type(core.turns), "busy", busy)
+    monkeypatch.setattr(
+        "vtl0_guest.cpu.core.time", SimpleNamespace(monotonic=lambda: now + ago, process_time=lambda: used)
+    )
+    assert core._starved(now + duration, (now, 0.0)) is starved
