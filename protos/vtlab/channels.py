@@ -13,12 +13,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
 import tenacity
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
 from vtlab.process import spare_collections, termination, without_core_dumps
@@ -27,6 +26,9 @@ from vtlab.trust.certificates import load_credentials, own_part, server_name
 from vtlab.trust.interceptor import Gate
 from vtlab.trust.revocation import Revocations
 from vtlab.trust.roles import Role
+
+if TYPE_CHECKING:
+    from grpc_health.v1 import health
 
 _log = logging.getLogger(__name__)
 
@@ -175,6 +177,9 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
     )
     recorder = _Recorder(server)
     register(cast(grpc.Server, recorder))
+    from grpc_health.v1 import health  # clients need none of it
+    from grpc_reflection.v1alpha import reflection
+
     health_servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*recorder.services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

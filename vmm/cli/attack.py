@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 
 
 def demo(
@@ -22,7 +22,7 @@ def demo(
     """
     from vmm.cli import demo as body
 
-    with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
+    with laboratory.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
         return body.demo(lab, as_json, design)
 
 
@@ -42,5 +42,5 @@ def attack(
     if not names:
         return body.list_attacks(as_json)
     body.select(names)  # an unknown name costs no start
-    with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
+    with laboratory.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
         return body.attack(lab, names, as_json, design)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.output import as_dict, print_json
 from vtlab.errors import BadArgument
 
@@ -26,7 +26,7 @@ def quote(
 ) -> None:
     """Have the monitor sign what it holds: policy, lock, measurements, counters."""
     wanted = _nonce(nonce)
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         signed = lab.policy.quote(machine, wanted)
     if out:
         Path(out).write_bytes(signed.SerializeToString())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.exit_codes import ExitCode
 from vmm.cli.output import print_json, print_table, progress
 from vtlab.errors import BadArgument
@@ -57,13 +57,13 @@ def conformance(
     return ExitCode.OK if not any(one.failed for one in done) else ExitCode.NEGATIVE
 
 
-def _run(profiles: list[str], laboratory: tuple[str, str, str], as_json: bool) -> list[Profile]:
+def _run(profiles: list[str], where: tuple[str, str, str], as_json: bool) -> list[Profile]:
     from vtlab_conformance.report import Profile
     from vtlab_conformance.runner import run_scenario
     from vtlab_conformance.scenarios import SCENARIOS
 
     done = []
-    with options.given_or_private(*laboratory, as_json=as_json) as lab:
+    with laboratory.given_or_private(*where, as_json=as_json) as lab:
         for name in profiles:
             started = time.monotonic()
             with progress(f"running the rows of {name}", as_json):

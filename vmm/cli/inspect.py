@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.output import as_dict, print_json, print_table
 from vtlab.errors import BadArgument
 
@@ -39,7 +39,7 @@ def events(
     as_json: options.Json = False,
 ) -> None:
     """Print what happens in a machine, as it happens."""
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         stream = machine.events(kind or [], start)
         for event in itertools.islice(stream, count or None):
             if as_json:
@@ -75,7 +75,7 @@ def regs(
 ) -> None:
     """Print the registers of VTL0's vCPU; with --set, write some before."""
     registers, msrs = _assignments(assign or [])
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         if registers or msrs:
             state = machine.set_registers(registers, msrs, vp_index)
         else:
@@ -152,7 +152,7 @@ def mem(
         new = bytes.fromhex(write)
     except ValueError:
         raise BadArgument("--write", f"{write!r} is not a row of bytes in hexadecimal") from None
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         if virtual:
             walk = machine.translate(start, vp_index)
             if not walk.present:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.exit_codes import ExitCode
 from vmm.cli.output import as_dict, print_json, print_table
 from vmm.cli.run import read_text
@@ -31,7 +31,7 @@ def check(
 ) -> int:
     """Say all that is wrong with a policy file; exit code 1 if anything is."""
     text = read_text(file)
-    with options.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
+    with laboratory.given_or_private(vmm, monitor, trust, as_json=as_json) as lab:
         if image:
             with lab.create(image) as machine:
                 answer = lab.policy.check(text, machine, file)
@@ -56,7 +56,7 @@ def get(
     as_json: options.Json = False,
 ) -> None:
     """Print the policy in force, its rules and what was measured."""
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         _show(lab.policy.get(machine), as_json)
 
 
@@ -71,7 +71,7 @@ def set_policy(
 ) -> None:
     """Override the guest's own policy, for experiments; refused once locked."""
     text = read_text(file)
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         _show(lab.policy.set(machine, text, file), as_json)
 
 
@@ -84,7 +84,7 @@ def lock(
     as_json: options.Json = False,
 ) -> None:
     """Make the policy final until the machine is reset."""
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         _show(lab.policy.lock(machine), as_json)
 
 
@@ -98,7 +98,7 @@ def guard(
 ) -> None:
     """Guard a running machine from outside: the policy holds at once, whatever its guest knows of VTL1."""
     text = read_text(file)
-    with options.running(vmm, monitor, trust) as lab, options.chosen(lab, vm) as machine:
+    with laboratory.running(vmm, monitor, trust) as lab, laboratory.chosen(lab, vm) as machine:
         lab.policy.set(machine, text, file)
         machine.guard()
         _show(lab.policy.get(machine), as_json)

@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
 from vmm.cli import qemu_arguments
 from vmm.cli.boot import Boot, boot
 from vmm.cli.exit_codes import ExitCode
-from vmm.cli.options import given_or_private
+from vmm.cli.laboratory import given_or_private
 from vmm.cli.output import print_error
 from vmm.cli.qemu_arguments import Arguments, Query
 from vmm.cli.qemu_cpu import HYPERV, SHOWN
@@ -77,6 +76,8 @@ def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _version() -> str:
+    from importlib.metadata import version
+
     return f"QEMU stand-in version {version('vtlab')} (vtlab)\n"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.boot import Boot, boot
 from vmm.cli.qemu_options import parse_design_options, parse_flat, parse_modules, parse_ram, parse_serial
 from vtlab.errors import BadArgument
@@ -113,7 +113,7 @@ def run(
         exit_log=exit_log,
         as_json=as_json,
     )
-    return boot(what, options.given_or_private(vmm, monitor, trust, rules, as_json))
+    return boot(what, laboratory.given_or_private(vmm, monitor, trust, rules, as_json))
 
 
 def read_text(file: str) -> str:

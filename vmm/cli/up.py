@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmm.cli import options
+from vmm.cli import laboratory, options
 from vmm.cli.output import print_json, progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def up(
     """
     from vmm.launcher import launch
 
-    code = options.load_rules(rules)
+    code = laboratory.load_rules(rules)
     with contextlib.ExitStack() as stack:
         with progress("starting guest, monitor and VMM", as_json):
             lab = stack.enter_context(launch(code, vmm_listen=vmm_listen, monitor_listen=monitor_listen))

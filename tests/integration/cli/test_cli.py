@@ -198,7 +198,7 @@ def test_rules_of_a_file_reach_the_monitor(cli: Cli, image: Path, tmp_path: Path
     rules.write_text("WORD = 'pinned'\ndef rule():\n    return WORD\nrules = [rule]\n")
     script = f"""
 from vmm import launcher
-from vmm.cli.options import given_or_private, load_rules
+from vmm.cli.laboratory import given_or_private, load_rules
 launcher.SERVERS = dict.fromkeys(launcher.SERVERS, {TOY!r})
 with given_or_private("", "", "", {str(rules)!r}) as lab:
     print(lab.policy.get("a").rules[0])

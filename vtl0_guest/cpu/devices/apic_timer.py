@@ -94,12 +94,13 @@ class ApicTimer:
         """A write to IA32_TSC_DEADLINE; 0 disarms. Ignored in the other modes."""
         if self._mode != TimerMode.TSC_DEADLINE:
             return
-        self.tsc_deadline = value
-        if value:
-            ahead = max(0, value - self._clock.tsc())
+        self._deadline, self.tsc_deadline = None, value
+        ahead = value - self._clock.tsc()
+        if value and ahead <= 0:
+            self.tsc_deadline = 0
+            self._fired()  # at once, without the thread that waits for deadlines
+        elif value:
             self._deadline = self._clock.now() + ahead / self._clock.tsc_hz()
-        else:
-            self._deadline = None
         self._guard.rearm()
 
     def next_deadline(self) -> float | None:
