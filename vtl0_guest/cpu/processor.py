@@ -35,7 +35,7 @@ from vtl0_guest.cpu.nested import ADDRESS
 from vtl0_guest.cpu.operation import Operation
 from vtl0_guest.cpu.resolution import Resolver
 from vtl0_guest.cpu.smm import processor as smm
-from vtl0_guest.cpu.turns import Outcome
+from vtl0_guest.cpu.turns import Outcome, Turns
 from vtl0_guest.cpu.vmcb import ExitCode
 from vtlab.v1 import registers_pb2, vcpu_pb2
 from vtlab.x86.registers import VECTORS_WITH_ERROR_CODE, Rflags, Vector
@@ -659,7 +659,12 @@ class Processor:
         """NMIs may come again behind this IRET (Intel SDM volume 3, "Handling multiple NMIs")."""
         self._engine.intercept(ExitCode.IRET, False)
         self._iret = self._place()
-        self._turn_over = self._turn_over or self._yields  # who sent it may wait without PAUSE
+        if self._yields:  # who sent it may wait without PAUSE, for what the handler did or for what comes behind
+            turns = self._core.turns
+            if isinstance(turns, Turns):
+                turns.hand_over_soon()
+            else:
+                self._turn_over = True
         return None
 
     def _place(self) -> tuple[int, int]:

@@ -79,6 +79,8 @@ class Turns:
 
     # Seconds after which a turn ends if others are ready.
     SLICE = 0.001
+    # Seconds that are left of a turn in which something ended that another runner may wait for without PAUSE.
+    TAIL = 0.00005
     # Slices without anybody waiting after which the time-keeper sleeps.
     _PATIENCE = 20
 
@@ -151,6 +153,12 @@ class Turns:
         """The present turn ends soon."""
         with self._lock:
             self._preempt()
+
+    def hand_over_soon(self) -> None:
+        """The present turn ends after TAIL, if others are ready."""
+        with self._lock:
+            self._since = min(self._since, time.monotonic() + self.TAIL - self.SLICE)
+            self._ticks.notify()
 
     def close(self) -> None:
         """Ends the time-keeper. No runner has a turn any more."""

@@ -163,3 +163,30 @@ def test_actions_run_between_turns(log: list[str]) -> None:
     join(thread)
     assert log == ["at once", "a", "later", "a"]
     turns.close()
+
+
+def test_a_turn_ends_soon_once_it_has_done_what_another_one_waits_for(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Turns, "SLICE", 100.0)
+    turns = Turns()
+    first, second = Script(turns, "a", log, [Outcome.OVER, Outcome.DONE]), Script(turns, "b", log, [Outcome.DONE])
+    queued = threading.Event()
+
+    def body() -> None:
+        if len(log) > 1:
+            return
+        assert queued.wait(10)
+        first.asked.clear()  # by whoever became ready
+        turns.hand_over_soon()
+        assert first.asked.wait(10)
+
+    first.body = body
+    threads = [start(turns, first)]
+    wait_for(lambda: log == ["a"])
+    threads.append(start(turns, second))
+    wait_for(first.asked.is_set)
+    queued.set()
+    join(*threads)
+    assert log == ["a", "b", "a"]
+    turns.close()
