@@ -72,7 +72,7 @@ def launch(
     directory: Path | str | None = None,
     vmm_listen: str = "",
     monitor_listen: str = "",
-    timeout: float = 60.0,
+    timeout: float = 180.0,
     budget: Budget = DEFAULT_BUDGET,
     between: Callable[[Role, str], str] = lambda _role, address: address,
 ) -> Iterator[LocalLab]:
