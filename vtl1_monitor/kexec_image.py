@@ -22,8 +22,7 @@ from vtlab.services import (
     KexecEntry,
 )
 from vtlab.v1 import registers_pb2
-from vtlab.x86 import segments
-from vtlab.x86.registers import Cr0, Rflags
+from vtlab.x86 import initial
 
 LOW_END = 0x10_0000
 """Kernels lie above 1 MiB; the information structure is below."""
@@ -136,24 +135,6 @@ def information(command_line: bytes, modules: Sequence[KexecModule], ram_size: i
 
 def entry_state(entry: int) -> registers_pb2.ProcessorState:
     """Multiboot's machine state: flat 32-bit segments, no paging, EAX and EBX."""
-    code, data = segments.flat(0x08, 0xC09B), segments.flat(0x10, 0xC093)
-    return registers_pb2.ProcessorState(
-        registers=registers_pb2.Registers(
-            rax=_LOADER_MAGIC,
-            rbx=INFORMATION,
-            rip=entry,
-            rflags=Rflags.FIXED.value,
-            cr0=Cr0.PE.value | Cr0.ET.value,
-            cs=code,
-            ss=data,
-            ds=data,
-        ),
-        es=data,
-        fs=data,
-        gs=data,
-        ldtr=registers_pb2.Segment(attributes=0x82, limit=0xFFFF),
-        tr=registers_pb2.Segment(attributes=0x8B, limit=0xFFFF),
-        idtr=registers_pb2.TableRegister(limit=0x3FF),
-        xcr0=1,
-        debug=[0, 0, 0, 0, 0xFFFF0FF0, 0x400],
-    )
+    state = initial.protected_mode(entry)
+    state.registers.rax, state.registers.rbx = _LOADER_MAGIC, INFORMATION
+    return state

@@ -1,7 +1,7 @@
-"""States that a vCPU starts in.
+"""States that a vCPU starts in, with what they need in memory. What all loaders have in common is vtlab.x86.initial.
 
-Sources: Intel SDM volume 3, table 10-1 (state after RESET); Multiboot Specification 0.6.96, section 3.2. Long mode is
-our own convention: RAM below 4 GiB mapped one to one by 2 MiB pages, and a GDT with 64-bit code at 8, data at 0x10.
+Long mode is our own convention: RAM below 4 GiB mapped one to one by 2 MiB pages, and a GDT with 64-bit code at 8,
+data at 0x10.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import struct
 
 from vtl0_guest.loaders.target import ABOVE_4G, PAGE_SIZE, Target
 from vtlab.v1 import registers_pb2
-from vtlab.x86 import segments
-from vtlab.x86.registers import Cr0, Cr4, Efer, Rflags
+from vtlab.x86 import initial, segments
+from vtlab.x86.registers import Cr0, Cr4, Efer
 
-CODE_SELECTOR = 0x08
-DATA_SELECTOR = 0x10
-_CODE_32, _CODE_64, _DATA = 0xC09B, 0xA09B, 0xC093
 _DESCRIPTOR_64, _DESCRIPTOR_DATA = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
 # GDT; top table; table of 1 GiB entries; four of 2 MiB entries.
 _LONG_PAGES = 7
@@ -23,33 +20,12 @@ _TABLE_FLAGS = 0x3
 _LARGE_PAGE_FLAGS = 0x83
 
 
-def _state(code: registers_pb2.Segment, data: registers_pb2.Segment, cr0: int) -> registers_pb2.ProcessorState:
-    """What all states share: other segments, task state, debug registers."""
-    state = registers_pb2.ProcessorState(
-        es=data,
-        fs=data,
-        gs=data,
-        ldtr=registers_pb2.Segment(attributes=0x82, limit=0xFFFF),
-        tr=registers_pb2.Segment(attributes=0x8B, limit=0xFFFF),
-        idtr=registers_pb2.TableRegister(limit=0x3FF),
-        xcr0=1,
-        debug=[0, 0, 0, 0, 0xFFFF0FF0, 0x400],
-    )
-    registers = state.registers
-    registers.rflags = Rflags.FIXED.value
-    registers.cr0 = cr0
-    registers.cs.CopyFrom(code)
-    registers.ss.CopyFrom(data)
-    registers.ds.CopyFrom(data)
-    return state
-
-
 def real_mode(target: Target, entry: int) -> registers_pb2.ProcessorState:
     """Starts at a physical address below 1 MiB: CS is 0 for the first 64 KiB, as for a boot sector, else entry / 16."""
     if not 0 <= entry < 0x10_0000:
         raise target.bad(f"entry {entry:#x}: real mode starts below 0x100000")
     selector, rip = (0, entry) if entry <= 0xFFFF else (entry >> 4, entry & 0xF)
-    state = _state(segments.real_mode(selector, code=True), segments.real_mode(0), Cr0.ET.value)
+    state = initial.state(segments.real_mode(selector, code=True), segments.real_mode(0), Cr0.ET.value)
     state.registers.rip = rip
     state.gdtr.limit = 0xFFFF
     return state
@@ -59,14 +35,11 @@ def protected_mode(target: Target, entry: int) -> registers_pb2.ProcessorState:
     """32-bit code and flat segments without paging; there is no GDT, so the guest must bring one."""
     if not 0 <= entry < ABOVE_4G:
         raise target.bad(f"entry {entry:#x}: 32-bit code starts below 4 GiB")
-    code, data = segments.flat(CODE_SELECTOR, _CODE_32), segments.flat(DATA_SELECTOR, _DATA)
-    state = _state(code, data, Cr0.PE.value | Cr0.ET.value)
-    state.registers.rip = entry
-    return state
+    return initial.protected_mode(entry)
 
 
 def long_mode(
-    target: Target, entry: int, *, limit: int = ABOVE_4G, code_selector: int = CODE_SELECTOR
+    target: Target, entry: int, *, limit: int = ABOVE_4G, code_selector: int = initial.CODE_SELECTOR
 ) -> registers_pb2.ProcessorState:
     """64-bit code with paging on; GDT and page tables take the 28 KiB that are highest in RAM below `limit`.
 
@@ -87,8 +60,8 @@ def long_mode(
         ),
     ]
     target.put(base, b"".join(page.ljust(PAGE_SIZE, b"\0") for page in pages), "page tables")
-    code, data = segments.flat(code_selector, _CODE_64), segments.flat(code_selector + 8, _DATA)
-    state = _state(code, data, Cr0.PE.value | Cr0.ET.value | Cr0.NE.value | Cr0.WP.value | Cr0.PG.value)
+    code, data = segments.flat(code_selector, initial.CODE_64), segments.flat(code_selector + 8, initial.DATA)
+    state = initial.state(code, data, Cr0.PE.value | Cr0.ET.value | Cr0.NE.value | Cr0.WP.value | Cr0.PG.value)
     registers = state.registers
     registers.cr3, registers.cr4 = top, Cr4.PAE.value
     registers.efer = Efer.LME.value | Efer.LMA.value
