@@ -34,7 +34,7 @@ RESTART_BUDGET = 45.0  # less than a laboratory gives the VMM itself to be back,
 MAX_GUEST_EXIT = 64 << 10
 
 # What it means that a process holds nothing of the machine, by level.
-_LOST = ("crashed, and VTL0's CPU with it", "was started anew and VTL1 is lost")
+_LOST = ("crashed, and VTL0's CPU with it", "was started anew, and VTL1 is lost: {}")
 Answer = TypeVar("Answer")
 
 _RUN = f"/{vcpu_rpc.NAME}/Run"
@@ -129,7 +129,7 @@ class RemoteLevel:
         try:
             answer = self._when_back(self._stub.Reconnect, vcpu_pb2.ReconnectRequest(vm=vm, generation=generation))
         except NotFound as error:
-            raise LevelLost(self.name, f"{_LOST[self.vtl]}: {error.detail}") from None
+            raise LevelLost(self.name, _LOST[self.vtl].format(error.detail)) from None
         return list(answer.enters)
 
     def _when_back(self, method: Callable[..., Any], request: Any) -> Any:

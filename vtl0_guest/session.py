@@ -79,7 +79,7 @@ class Guest:
         """The last enter of each vCPU. Raises NotFound unless that generation of the machine is attached."""
         attached = self._attached
         if attached is None or (attached.request.vm, attached.request.generation) != (vm, generation):
-            raise NotFound(f"generation {generation} of machine {vm}", "is not attached to this process")
+            raise NotFound(f"generation {generation} of machine {vm}", "this process holds nothing of it")
         return [vcpu.last_enter for vcpu in attached.vcpus]
 
     def _is_repeated(self, attached: _Attached, request: vcpu_pb2.AttachRequest) -> bool:

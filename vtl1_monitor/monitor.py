@@ -170,7 +170,7 @@ class Monitor:
         """The last enter of each vCPU. Raises NotFound unless that generation of the machine is attached."""
         machine, code = self._machine, self._code
         if machine is None or (machine.vm, machine.generation) != (vm, generation):
-            why = self._loss or "is not attached to this process"
+            why = self._loss or "this process holds nothing of it"
             raise NotFound(f"generation {generation} of machine {vm}", why)
         return code.last_enters if code is not None else [session.last_enter for session in self._sessions]
 
@@ -358,7 +358,9 @@ def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:
         data = (directory / path).read_bytes()
     except OSError as error:
         raise BadImage(image.path, error.strerror or "cannot be read") from None
-    if image.sha256 and hashlib.sha256(data).digest() != image.sha256:
+    if not image.sha256:
+        raise BadArgument("image.sha256", "is empty: nobody could say whether that is the image")
+    if hashlib.sha256(data).digest() != image.sha256:
         raise BadImage(image.path, "SHA-256 is not the one asked for")
     flat = image.load_address if image.format == vcpu_pb2.IMAGE_FORMAT_FLAT else None
     return BootImage(data, path.name, flat)

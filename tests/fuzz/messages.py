@@ -144,7 +144,7 @@ class MessageTarget(Target):
             vp_count=2,
             ram_size=RAM,
             memory_directory=str(folder),
-            image=vcpu_pb2.BootImage(path="image"),
+            image=vcpu_pb2.BootImage(path="image", sha256=sha256),
         )
         self._guest.attach(attach)
         attach.vtl = 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.monitor import kernel_image as image
 from tests.unit.monitor.conftest import POLICY
-from tests.unit.monitor.vtl0 import CR0, CR4, EFER, Result, Vtl0
+from tests.unit.monitor.vtl0 import CR0, CR4, EFER, Result, Vtl0, boot_image
 from vtl1_monitor.hibernation import BadImage, read_image, seal, unseal
 from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.sealed import SealedStore
@@ -87,7 +87,7 @@ class Kernel:
             vp_count=1,
             ram_size=image.RAM_SIZE,
             memory_directory=str(self.folder),
-            image=vcpu_pb2.BootImage(path="image"),
+            image=boot_image(self.folder),
         )
         vtl0.monitor.attach(request)
         vtl0._sequence = [0]

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.unit.monitor import kernel_image as image
 from tests.unit.monitor.conftest import POLICY
-from tests.unit.monitor.vtl0 import Vtl0
+from tests.unit.monitor.vtl0 import Vtl0, boot_image
 from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.verdicts import VerdictLog
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, VtlabError, WrongState
@@ -135,7 +135,7 @@ def request(vtl0: Vtl0, directory: Path, **changes: object) -> vcpu_pb2.AttachRe
         "vp_count": 1,
         "ram_size": image.RAM_SIZE,
         "memory_directory": str(directory),
-        "image": vcpu_pb2.BootImage(path="image"),
+        "image": boot_image(directory),
     }
     return vcpu_pb2.AttachRequest(**fields | changes)  # type: ignore[arg-type]
 
@@ -154,6 +154,7 @@ def request(vtl0: Vtl0, directory: Path, **changes: object) -> vcpu_pb2.AttachRe
         ({"generation": 2, "image": vcpu_pb2.BootImage(path="/etc/passwd")}, BadArgument),
         ({"generation": 2, "image": vcpu_pb2.BootImage(path="absent")}, BadImage),
         ({"generation": 2, "image": vcpu_pb2.BootImage(path="image", sha256=bytes(32))}, BadImage),
+        ({"generation": 2, "image": vcpu_pb2.BootImage(path="image")}, BadArgument),
     ],
 )
 def test_refused_attachments_leave_what_is(

@@ -14,7 +14,7 @@ from tests.unit.monitor import keys
 from tests.unit.monitor.conftest import POLICY
 from tests.unit.monitor.test_modules import Loader
 from tests.unit.monitor.test_page_tables import NEW_ROOT, entry, table
-from tests.unit.monitor.vtl0 import Vtl0
+from tests.unit.monitor.vtl0 import Vtl0, boot_image
 from vtl1_monitor import snapshot
 from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.sealed import BrokenSeal, SealedStore
@@ -46,7 +46,7 @@ class Mortal(Vtl0):
             vp_count=1,
             ram_size=image.RAM_SIZE,
             memory_directory=str(directory),
-            image=vcpu_pb2.BootImage(path="image"),
+            image=boot_image(directory),
         )
         self.monitor = Monitor((), SealedStore(folder))
         self.monitor.attach(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,11 @@ _FILE = {
     vcpu_pb2.PAGE_STORE_SEALED: RamFile.SEALED,
     vcpu_pb2.PAGE_STORE_PRIVATE: RamFile.PRIVATE,
 }
+
+
+def boot_image(directory: Path) -> vcpu_pb2.BootImage:
+    """What VTL1 is told of the image that was booted."""
+    return vcpu_pb2.BootImage(path="image", sha256=hashlib.sha256((directory / "image").read_bytes()).digest())
 
 
 class Result(NamedTuple):
@@ -67,7 +73,7 @@ class Vtl0:
                 vp_count=vp_count,
                 ram_size=image.RAM_SIZE,
                 memory_directory=str(directory),
-                image=vcpu_pb2.BootImage(path="image"),
+                image=boot_image(directory),
             )
         )
         self._sequence = [0] * vp_count
