@@ -25,7 +25,7 @@ from vtlab_attacks.resets import FREE, say
 from vtlab_attacks.state import msr, register
 
 STORM = "selfguard: NMI storm"
-NMIS = 40  # in one storm
+NMIS = 12  # in one storm
 CHECKS = 3
 MCG_STATUS = 0x17A
 # struct machine_checks of vtl0_guest/kernels/selfguard/hardware.c
@@ -47,7 +47,7 @@ def storm(machine: Machine, each: Callable[[], object]) -> str:
     deadline = time.monotonic() + BOOT_TIMEOUT
     while "\n" not in answers.peek() and time.monotonic() < deadline:
         each()
-    return answers.read_line(1)
+    return answers.read_line(BOOT_TIMEOUT)
 
 
 def _held(machine: Machine) -> tuple[int, ...]:

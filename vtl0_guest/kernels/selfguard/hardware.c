@@ -8,12 +8,6 @@
 #define MCG_RESTART 1
 #define STATUS_VALID (1ull << 63)
 #define STATUS_CORRUPT (1ull << 57) /* of the processor's context */
-#define MSR_APIC_BASE 0x1B
-#define APIC_BASE_X2APIC (1u << 10)
-#define MSR_X2APIC_SPURIOUS 0x80F
-#define MSR_X2APIC_ICR 0x830
-#define APIC_ENABLED 0x100
-#define SELF_NMI 0x44400
 #define PATIENCE 1000 /* timer interrupts */
 
 u64 driver_invoke(u64 address, const u64 *arguments);
@@ -51,15 +45,13 @@ bool machine_check(void) {
 
 /* Changes CR4 in the kernel's way, over and over, until so many NMIs have come, of which some are its own. */
 s64 nmi_storm(u64 count) {
-    wrmsr(MSR_APIC_BASE, rdmsr(MSR_APIC_BASE) | APIC_BASE_X2APIC);
-    wrmsr(MSR_X2APIC_SPURIOUS, APIC_ENABLED | 0xFF);
     u64 first = nmi_count, start = ticks;
     log("selfguard: NMI storm\n");
     s64 status = 0;
     for (u64 i = 0; status == 0 && nmi_count - first < count; i++) {
         status = set_control(4, read_cr4() ^ CR4_PGE);
-        if (i % 8 == 0)
-            wrmsr(MSR_X2APIC_ICR, SELF_NMI);
+        if (i % 4 == 0)
+            send_nmi(0);
         asm volatile("sti; pause; cli" ::: "memory");
         if (ticks - start > PATIENCE)
             return -EIO;

@@ -131,6 +131,7 @@ s64 smi(u64 command, u64 value, u64 address);
 /* smp.c */
 void smp_init(void);
 void wake_interrupt(void);
+void send_nmi(u64 number);
 u64 this_cpu(void);
 s64 cpu_set(u64 number, bool on);
 s64 run_on(u64 number, void (*work)(void *), void *argument);

@@ -16,6 +16,7 @@
 #define APIC_COMMAND_HIGH 0x31
 #define APIC_ENABLED 0x100
 #define COMMAND_ASSERT 0x4000
+#define COMMAND_NMI 0x400
 #define COMMAND_INIT 0x500
 #define COMMAND_SIPI 0x600
 #define PATIENCE 250 /* timer interrupts */
@@ -59,6 +60,8 @@ static void send(u64 target, u32 command) {
     apic_write(APIC_COMMAND_HIGH, (u32)target << 24);
     apic_write(APIC_COMMAND_LOW, command);
 }
+
+void send_nmi(u64 number) { send(number, COMMAND_ASSERT | COMMAND_NMI); }
 
 void wake_interrupt(void) { apic_write(APIC_EOI, 0); }
 
