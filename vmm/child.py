@@ -6,21 +6,25 @@ Servers are imported by name, so that the launcher loads none of them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import os
 import signal
+import stat
 import sys
 import traceback
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from multiprocess import resource_tracker
 from multiprocess.process import parent_process
 
 from vtlab.channels import ServerConfig
+from vtlab.confinement.confine import confine
+from vtlab.confinement.privileges import inherited
 from vtlab.errors import InternalError, VtlabError
-from vtlab.process import remove_folder, watch_parent
+from vtlab.process import watch_parent
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,25 @@ class ChildSpec:
         module: where its main(config) is, "vtl0_guest.server".
         config: without `ready`, which the child has.
         rules: dill pickle of the monitor's rules, made and read on this machine by this user alone; b"" for none.
-        directories: folders of the laboratory, removed when the parent dies.
         log: file for stdout and stderr; None keeps the parent's.
-        parent: its process number.
     """
 
     module: str
     config: ServerConfig
     rules: bytes
-    directories: tuple[Path, ...]
     log: Path | None
-    parent: int
+
+
+class _Once:
+    """The pipe to the launcher, closed once something was said: the launcher unpickles what comes through it."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    def send(self, said: Any) -> None:
+        """Raises OSError the second time."""
+        self._pipe.send(said)
+        self._pipe.close()
 
 
 def run(orders: Any, ready: Any, modules: tuple[str, ...]) -> None:
@@ -71,10 +83,14 @@ def _serve(spec: ChildSpec, ready: Any) -> None:
         _redirect(spec.log)
     parent = parent_process()
     assert parent is not None
-    watch_parent(parent.sentinel, partial(_remove, spec.directories))
+    pipe, ready = ready, _Once(ready)
     try:
+        # Imported before it is confined, so that byte code is kept; confined before there is a second thread.
         main = importlib.import_module(spec.module).main
         config = replace(spec.config, ready=ready)
+        used = [pipe.fileno(), parent.sentinel, *_signs_of_life()]
+        confine(replace(config, rules=spec.rules), [spec.module.partition(".")[0]], used)
+        watch_parent(parent.sentinel)
         if spec.rules:
             import dill
 
@@ -85,21 +101,28 @@ def _serve(spec: ChildSpec, ready: Any) -> None:
         sys.stderr.flush()
         _report(ready, error if isinstance(error, VtlabError) else _internal(spec, error))
         sys.exit(1)
-    finally:
-        if os.getppid() != spec.parent:  # nobody else is left to do it
-            _remove(spec.directories)
 
 
-def _remove(directories: tuple[Path, ...]) -> None:
-    for directory in directories:
-        remove_folder(directory)
+def _signs_of_life() -> list[int]:
+    """The end of multiprocess's pipe whose closing tells the launcher that this process is dead; it has no name here.
+
+    The other pipe to write to is the resource tracker's, who unlinks what it is told to, with the launcher's rights.
+    """
+    tracker = resource_tracker._resource_tracker._fd
+    return [
+        descriptor
+        for descriptor in inherited()
+        if descriptor != tracker
+        and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    ]
 
 
 def _internal(spec: ChildSpec, error: Exception) -> InternalError:
     return InternalError(spec.config.role, f"{type(error).__name__}: {error}")
 
 
-def _report(ready: Any, error: VtlabError) -> None:
+def _report(ready: _Once, error: VtlabError) -> None:
     try:
         ready.send(error)
     except OSError:  # the launcher reads no more: it has its addresses, or is gone

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from vmm.child import ChildSpec
+from vmm.janitor import removed_at_the_end
 from vmm.spare import AFTER_DEATH, AFTER_START, Blank, Spares
 from vmm.supervisor import DEFAULT_BUDGET, Budget, LocalProcess, Supervisor
 from vtlab.channels import ServerConfig
 from vtlab.client import Addresses, Lab
 from vtlab.errors import InternalError, TimedOut, VtlabError
 from vtlab.process import remove_folder
+from vtlab.ram import create_stores
 from vtlab.trust.certificates import ensure_trust
 from vtlab.trust.roles import Role
 
@@ -39,7 +41,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only private folders are made i
 ROOM_WANTED = 256 << 20  # bytes that must be free there, else the folder goes to the disk
 PREFIX = "vtlab-lab-"
 SOCKET_PATH_LIMIT = 107  # bytes, sun_path of unix(7)
-SOCKETS = ("guest.sock", "vcpu.sock", "monitor.sock", "vmm.sock")
+SOCKETS = ("guest/vcpu.sock", "monitor/vcpu.sock", "monitor/clients.sock", "vmm/clients.sock")
 SHORT_BASE = "/tmp"  # noqa: S108 - only private folders are made in it
 
 # role -> the module whose main() serves it, in the order of their end: the VMM still speaks to the levels
@@ -104,7 +106,7 @@ def launch(
 
             def start(role: Role) -> LocalProcess:
                 shipped = blob if role is Role.MONITOR else b""
-                return _start(spares.take(), role, configs[role], shipped, (folder, sockets))
+                return _start(spares.take(), role, configs[role], shipped, folder)
 
             def await_ready(role: Role, local: LocalProcess) -> None:
                 _await_ready({role: local}, timeout)
@@ -127,16 +129,18 @@ def _configs(
 ) -> dict[Role, ServerConfig]:
     sockets = {name: f"unix:{socket_folder / name}" for name in SOCKETS}
     listen = {
-        Role.GUEST: (sockets["guest.sock"],),
-        Role.MONITOR: (sockets["vcpu.sock"], monitor_listen or sockets["monitor.sock"]),
-        Role.VMM: (vmm_listen or sockets["vmm.sock"],),
+        Role.GUEST: (sockets["guest/vcpu.sock"],),
+        Role.MONITOR: (sockets["monitor/vcpu.sock"], monitor_listen or sockets["monitor/clients.sock"]),
+        Role.VMM: (vmm_listen or sockets["vmm/clients.sock"],),
     }
     configs = {}
     for role in SERVERS:
-        state = folder / role
-        state.mkdir(mode=0o700)
-        configs[role] = ServerConfig(listen[role], trust / role, role.value, state)
-    configs[Role.VMM] = replace(configs[Role.VMM], guest=sockets["guest.sock"], monitor=sockets["vcpu.sock"])
+        for own in {folder / role, socket_folder / role}:
+            own.mkdir(mode=0o700)
+        configs[role] = ServerConfig(listen[role], trust / role, role.value, folder / role, memory=folder / Role.VMM)
+    create_stores(folder / Role.VMM)
+    vmm = configs[Role.VMM]
+    configs[Role.VMM] = replace(vmm, guest=sockets["guest/vcpu.sock"], monitor=sockets["monitor/vcpu.sock"])
     return configs
 
 
@@ -159,15 +163,13 @@ def _ship(rules: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _start(blank: Blank, role: Role, config: ServerConfig, rules: bytes, folders: tuple[Path, Path]) -> LocalProcess:
-    log = None if os.environ.get("VTLAB_DEBUG") else folders[0] / f"{role}.log"
+def _start(blank: Blank, role: Role, config: ServerConfig, rules: bytes, folder: Path) -> LocalProcess:
+    log = None if os.environ.get("VTLAB_DEBUG") else folder / f"{role}.log"
     spec = ChildSpec(
         module=SERVERS[role],
         config=config,
         rules=rules,
-        directories=folders,
         log=log,
-        parent=os.getpid(),
     )
     return blank.become(spec)
 
@@ -226,7 +228,8 @@ def _private_directory(directory: Path | str | None) -> Iterator[Path]:
         descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
-            yield folder
+            with removed_at_the_end(folder):
+                yield folder
         finally:
             os.close(descriptor)
     finally:

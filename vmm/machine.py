@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, aft
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
 from vtlab.errors import BadImage, NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
-from vtlab.ram import create_turn_file
+from vtlab.ram import TURN_FILE, RamFile, create_turn_file, link_to_stores, remove_machine
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.journal_pb2 import MachineRecord
 from vtlab.v1.registers_pb2 import ProcessorState
@@ -80,12 +79,14 @@ class Machine:
         monitor: Level | None,
         events: EventLog,
         ledger: Ledger | None = None,
+        state: Path | None = None,
     ) -> None:
         """Creates it in `directory`, which must not exist, and has both levels attach; nothing is left if that fails.
 
         Args:
             monitor: None where the machine has no VTL1.
             ledger: where it is written down; None for nowhere.
+            state: folder with the stores of memory files (vtlab.ram.Store); None keeps them in `directory`.
 
         Raises:
             NotFound: an image was not uploaded.
@@ -98,6 +99,9 @@ class Machine:
             # VTL1 is the folder's group and VTL0 among the others where they have uids of their own (vtlab.ram.MODES).
             directory.chmod(stat.S_IMODE(directory.stat().st_mode) & stat.S_ISGID | 0o751)
             self._image = self._place_images(images)
+            if state is not None:
+                turn = [TURN_FILE] if self._guest_code else []
+                link_to_stores(directory, state, [file.value for file in RamFile] + turn)
             self._memory = Memory(directory, spec.ram_size, self._code_written)
             self._disk = self._open_disk()
             if self._guest_code:
@@ -568,7 +572,7 @@ class Machine:
             memory.close()
         if self._disk is not None:
             self._disk.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_machine(self._directory)
         self.events.close()
 
     def _code_written(self, pages: list[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,7 @@ from vmm.machine import Machine
 from vmm.past import Past
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, VtlabError
 from vtlab.hyperv.profiles import PROFILES
-from vtlab.ram import PAGE_SIZE
+from vtlab.ram import MACHINES, PAGE_SIZE, create_stores, remove_machine
 from vtlab.v1.vcpu_pb2 import PERSONALITY_GUEST_CODE
 from vtlab.v1.vmm_pb2 import MachineSpec
 
@@ -57,7 +56,9 @@ class Machines:
     def __init__(self, directory: Path, dial: Dial, journal: Journal) -> None:
         """:param directory: holds the images and one folder a machine."""
         self.images = ImageStore(directory / "images")
-        self._directory = directory / "machines"
+        create_stores(directory)
+        self._state = directory
+        self._directory = directory / MACHINES
         self._dial = dial
         self._machines: dict[str, Machine] = {}
         self._creating: str | None = None
@@ -101,7 +102,7 @@ class Machines:
             # A machine whose runs repeat is there to be looked at: its readers may lag behind further.
             capacity, weight = (LARGE_CAPACITY, LARGE_WEIGHT) if spec.deterministic else (CAPACITY, WEIGHT)
             events = EventLog(vm, self._numbers, capacity, weight, on_staged=ledger.touch)
-            machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger)
+            machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger, self._state)
             with self._lock:
                 self._machines[vm] = machine
         finally:
@@ -111,13 +112,11 @@ class Machines:
 
     def _clear_leftovers(self, levels: list[Level]) -> None:
         """A VMM that was killed leaves a folder; the levels let go of the machine that it names."""
-        if not self._directory.exists():
-            return
         for folder in self._directory.iterdir():
             for level in levels:
                 with suppress(VtlabError):
                     level.detach(folder.name)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_machine(folder)
 
     def get(self, vm: str) -> Machine:
         """Raises NotFound."""

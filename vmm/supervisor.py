@@ -24,6 +24,9 @@ from vtlab.trust.roles import Role
 
 _log = logging.getLogger(__name__)
 
+# Seconds between the end of a process, as its sentinel tells it, and its exit code.
+DYING = 5.0
+
 
 @dataclass(frozen=True)
 class LocalProcess:
@@ -146,7 +149,10 @@ class Supervisor:
 
     def _restart(self, role: Role, dead: LocalProcess) -> None:
         """On a thread of its own: the three may die at once."""
-        dead.process.join()
+        dead.process.join(DYING)
+        if dead.process.is_alive():  # it says that it is dead, and is not: so says somebody else's code in it
+            dead.process.kill()
+            dead.process.join()
         words = dead.last_words()
         ended = f"ended with code {dead.process.exitcode}" + (f": {words}" if words else "")
         _log.warning("%s %s", role, ended)

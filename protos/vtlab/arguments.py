@@ -20,6 +20,8 @@ def server_config(role: Role | str, arguments: Sequence[str] | None = None) -> S
     parser.add_argument("--trust", type=Path, required=True, help=f"folder with ca.pem, {role}.pem and {role}.key")
     parser.add_argument("--state", type=Path, required=True, help="folder for what it keeps while it runs")
     parser.add_argument("--any-address", action="store_true", help="permit listening beyond loopback")
+    if role is not Role.VMM:
+        parser.add_argument("--memory", type=Path, required=True, help="the VMM's state folder, for memory files")
     if role is Role.VMM:
         parser.add_argument("--guest", required=True, metavar="ADDRESS", help="where VTL0 is served")
         parser.add_argument("--monitor", required=True, metavar="ADDRESS", help="where VTL1 is served")
@@ -32,13 +34,18 @@ def server_config(role: Role | str, arguments: Sequence[str] | None = None) -> S
         guest=getattr(given, "guest", ""),
         monitor=getattr(given, "monitor", ""),
         allow_any_address=given.any_address,
+        memory=getattr(given, "memory", given.state),
     )
 
 
 def run_server(role: Role | str, main: Callable[[ServerConfig], object]) -> int:
     """Body of a server's __main__: its exit code is 0 after a drain, 1 after an error, which stderr names in a line."""
+    from vtlab.confinement.confine import confine
+
     try:
-        main(server_config(role))
+        config = server_config(role)
+        confine(config)
+        main(config)
     except VtlabError as error:
         sys.stderr.write(f"{role}: {error}\n")
         return 1

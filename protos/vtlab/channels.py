@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import tenacity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
-from vtlab.process import spare_collections, termination, without_core_dumps
+from vtlab.process import spare_collections, termination
 from vtlab.status import from_rpc_error
 from vtlab.trust.certificates import load_credentials, own_part, server_name
 from vtlab.trust.interceptor import Gate
@@ -64,6 +65,7 @@ class ServerConfig:
         trust: folder with ca.pem, ROLE.pem and ROLE.key, or a whole trust folder.
         role: who this server is.
         state: folder for what it keeps while it runs; for the VMM also the memory files.
+        memory: for the levels, the VMM's state folder.
         ready: gets the tuple of bound addresses once the server answers.
         guest, monitor: for the VMM, where the two levels are served.
         rules: for the monitor, rules in Python that the launcher shipped.
@@ -81,6 +83,7 @@ class ServerConfig:
     rules: Any = None
     allow_any_address: bool = False
     workers: int = 128
+    memory: Path = Path("/nonexistent")
 
 
 class BoundServer:
@@ -164,7 +167,6 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
         BadArgument: an address is malformed, taken, or not on loopback.
         PeerUnavailable: no credentials in the trust folder.
     """
-    without_core_dumps()
     for address in config.listen:
         check_address(address, config.allow_any_address)
     role = Role(config.role)
@@ -232,14 +234,16 @@ class _Certificates:
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials) -> str:
+    # A socket's mode is 0660, for the folder's group: who gets near it is decided by the folder, who gets in by TLS. It
+    # is made so, since the guest process may change no mode (vtlab.confinement).
+    mask = os.umask(0o117)
     try:
         port = server.add_secure_port(address, credentials)
     except RuntimeError:
         raise BadArgument(f"address {address!r}", "cannot be bound: taken, or not of this machine") from None
+    finally:
+        os.umask(mask)
     if address.startswith("unix:"):
-        Path(address.removeprefix("unix:")).chmod(
-            0o660
-        )  # who gets near it is decided by the folder, who gets in by TLS
         return address
     return f"{address.rpartition(':')[0]}:{port}"
 

@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import shutil
 import signal
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 _main_swap = threading.Lock()
 
 
-def watch_parent(alive: int, last_act: Callable[[], None], grace: float = 3.0) -> None:
+def watch_parent(alive: int, grace: float = 3.0) -> None:
     """Ends this process when the other end of a pipe closes, that is, when its only holder, the parent, is gone.
 
     A pipe and not PR_SET_PDEATHSIG, which tells of the end of the thread that made this process, not of the parent's.
 
     Args:
         alive: read end of the pipe.
-        last_act: called if draining after SIGTERM takes longer than `grace`; then the process is simply gone.
-        grace: seconds.
+        grace: seconds that draining after SIGTERM may take; then the process is simply gone.
     """
 
     def wait() -> None:
@@ -37,7 +35,6 @@ def watch_parent(alive: int, last_act: Callable[[], None], grace: float = 3.0) -
             return
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace)
-        last_act()
         os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
@@ -81,11 +78,6 @@ def switch_threads_soon() -> None:
     Python's 5 ms would be the delay of every timer while the processors spin.
     """
     sys.setswitchinterval(0.0002)
-
-
-def without_core_dumps() -> None:
-    """No crash of this process leaves its memory in a file: keys are in it, and pages of VTL1 may be mapped."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def termination() -> threading.Event:

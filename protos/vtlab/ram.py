@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
+import stat
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -40,27 +42,78 @@ RIGHTS: dict[str, dict[RamFile, bool]] = {
 MODES = {RamFile.WRITABLE: 0o666, RamFile.SEALED: 0o664, RamFile.PRIVATE: 0o660}
 
 
+# Beside them where both levels run guest code: its lock says which level runs (vtl0_guest.cpu.level_turns).
+TURN_FILE = "turn"
+
+# Below the VMM's state folder: a folder a machine, with its images and links to its memory files.
+MACHINES = "machines"
+
+
+class Store(Enum):
+    """Folders below the VMM's state folder that hold the memory files of all machines, one a right of VTL0's process.
+
+    File rights that are given before a machine is there (vtlab.confinement) can only be about a folder.
+    """
+
+    WRITABLE = "ram/vtl0-writes"
+    SEALED = "ram/vtl0-reads"
+    PRIVATE = "ram/vtl1"
+
+
+_STORES = {
+    RamFile.WRITABLE.value: Store.WRITABLE,
+    TURN_FILE: Store.WRITABLE,
+    RamFile.SEALED.value: Store.SEALED,
+    RamFile.PRIVATE.value: Store.PRIVATE,
+}
+
+
+def store_folder(state: Path, store: Store) -> Path:
+    return state / store.value
+
+
+def create_stores(state: Path) -> None:
+    """Makes what is missing of them and of MACHINES. Who may be among the others passes through, and finds no names."""
+    for name in (MACHINES, str(Path(Store.WRITABLE.value).parent), *(store.value for store in Store)):
+        folder = state / name
+        folder.mkdir(exist_ok=True)
+        folder.chmod(folder.stat().st_mode & stat.S_ISGID | 0o751)
+
+
+def link_to_stores(directory: Path, state: Path, names: Iterable[str]) -> None:
+    """Has the files of those names that are then made in a machine's folder lie in the stores of that state folder."""
+    for name in names:
+        store = _STORES[name]
+        target = store_folder(state, store) / f"{directory.name}.{name}"
+        target.unlink(missing_ok=True)
+        (directory / name).symlink_to(os.path.relpath(target, directory))
+
+
+def remove_machine(directory: Path) -> None:
+    """Removes a machine's folder and its memory files, wherever they lie; what is gone already is no error."""
+    for name in _STORES:
+        path = directory / name
+        if path.is_symlink():
+            Path(os.path.realpath(path)).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def create_ram_files(directory: Path, size: int) -> None:
     """Creates the three files, zero-filled. Raises FileExistsError if the machine already has memory."""
     for file in RamFile:
-        descriptor = os.open(directory / file.value, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(descriptor, MODES[file])
-            os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
-
-
-# Beside them where both levels run guest code: its lock says which level runs (vtl0_guest.cpu.level_turns).
-TURN_FILE = "turn"
+        _create(directory / file.value, size, MODES[file])
 
 
 def create_turn_file(directory: Path) -> None:
     """One zero page that both levels may write. Raises FileExistsError."""
-    descriptor = os.open(directory / TURN_FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    _create(directory / TURN_FILE, PAGE_SIZE, 0o666)
+
+
+def _create(path: Path, size: int, mode: int) -> None:
+    descriptor = os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        os.fchmod(descriptor, 0o666)
-        os.ftruncate(descriptor, PAGE_SIZE)
+        os.fchmod(descriptor, mode)
+        os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
 

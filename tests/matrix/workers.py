@@ -127,7 +127,7 @@ def _serve(launch: Launch, seed: int, pipe: Any) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parent = parent_process()
     assert parent is not None
-    watch_parent(parent.sentinel, lambda: None, GRACE)
+    watch_parent(parent.sentinel, GRACE)
     with Laboratory(launch, seed) as laboratory:
         while True:
             try:

@@ -150,6 +150,29 @@ def trust() -> Finding:
     return Finding("trust", Level.OK, f"keys can be made; {where}")
 
 
+def confinement() -> Finding:
+    """What this kernel has to keep the three processes apart, and whether it is used."""
+    from vtlab.confinement import bpf, landlock
+    from vtlab.confinement.confine import LANDLOCK_WANTED, VARIABLE, Mode, mode
+
+    fix = f"a kernel from 6.12 on with `landlock` in lsm=, or deploy/compose.yaml; {VARIABLE}=required refuses less"
+    try:
+        wanted = mode()
+    except VtlabError as error:
+        return Finding("confinement", Level.FAILURE, str(error), f"unset {VARIABLE}")
+    if wanted is Mode.OFF:
+        return Finding("confinement", Level.WARNING, f"{VARIABLE}=off: none", f"unset {VARIABLE}, but for a debugger")
+    version, filters = landlock.abi(), bpf.available()
+    detail = f"Landlock {version} ({', '.join(landlock.kept(version))})" if version else "no Landlock"
+    detail += f", {'seccomp' if filters else 'no seccomp'}; the three processes have one uid, "
+    detail += "and Landlock tells their files apart" if version else "and nothing tells their files apart"
+    if version >= LANDLOCK_WANTED and filters:
+        return Finding("confinement", Level.OK, detail)
+    # A laboratory works without; one that must not is told so by the variable.
+    level = Level.FAILURE if wanted is Mode.REQUIRED else Level.WARNING
+    return Finding("confinement", level, detail, fix)
+
+
 def tiny_guest() -> Finding:
     """Three processes start and VTL0 executes: this tries the core, the nested tables and every channel."""
     from vmm.launcher import launch
@@ -180,4 +203,13 @@ def tiny_guest() -> Finding:
     return Finding("guest", level, f"three processes started and a guest ran to its end in {took:.2f} s")
 
 
-ALL: tuple[Callable[[], Finding], ...] = (python, packages, cores, shared_memory, sockets, trust, tiny_guest)
+ALL: tuple[Callable[[], Finding], ...] = (
+    python,
+    packages,
+    cores,
+    shared_memory,
+    sockets,
+    trust,
+    confinement,
+    tiny_guest,
+)

@@ -31,11 +31,11 @@ def test_nothing_of_vtl1_is_open_or_mapped_in_the_guest_process(lab: Lab, machin
     machine.start()
     machine.registers()
     guest, monitor = process(lab, "guest"), process(lab, "monitor")
-    private = f"/{RamFile.PRIVATE.value}"
+    private = f".{RamFile.PRIVATE.value}"
     assert any(private in line for line in (monitor / "maps").read_text().splitlines()), "the monitor maps it"
     mapped = (guest / "maps").read_text().splitlines()
     assert [line for line in mapped if line.endswith(private)] == []
-    assert [line for line in mapped if line.endswith(f"/{RamFile.SEALED.value}") and "w" in line.split()[1]] == []
-    assert any(line.endswith(f"/{RamFile.SEALED.value}") for line in mapped)
+    assert [line for line in mapped if line.endswith(f".{RamFile.SEALED.value}") and "w" in line.split()[1]] == []
+    assert any(line.endswith(f".{RamFile.SEALED.value}") for line in mapped)
     wanted = [name for name in opened(guest) if name.endswith((private, ".key", "journal", "sealed", "monitor.log"))]
     assert wanted == []

@@ -1,6 +1,6 @@
 """Servers that kill themselves at a chosen point, once: stand-ins for the real ones in vmm.launcher.SERVERS.
 
-The file that VTLAB_TEST_FAULT names says where: "ROLE POINT COUNT" dies when ROLE has come to POINT so often. It is
+A file in a server's state folder says where: "POINT COUNT" dies when it has come to POINT so often. It is
 removed first, so that the process that takes its place lives on.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from vtlab.channels import ServerConfig
 
-VARIABLE = "VTLAB_TEST_FAULT"
+FILE = "fault"
 
 # point -> (where the function is, its name, whether the process dies before it or after it)
 VMM_POINTS: dict[str, tuple[str, str, str]] = {
@@ -35,25 +35,25 @@ MONITOR_POINTS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def arm(path: Path, role: str, point: str, count: int = 1) -> None:
-    """From now on."""
+def arm(laboratory: Path, role: str, point: str, count: int = 1) -> None:
+    """From now on, in the laboratory with that folder."""
+    path = laboratory / role / FILE
     temporary = path.with_suffix(".new")
-    temporary.write_text(f"{role}\n{point}\n{count}")
+    temporary.write_text(f"{point}\n{count}")
     temporary.replace(path)
 
 
-def _install(role: str, points: dict[str, tuple[str, str, str]]) -> None:
+def _install(path: Path, points: dict[str, tuple[str, str, str]]) -> None:
     import importlib
 
-    path = Path(os.environ[VARIABLE])
     reached: dict[str, int] = {}
 
     def reach(point: str) -> None:
         try:
-            armed_role, armed, count = path.read_text().split("\n")
+            armed, count = path.read_text().split("\n")
         except OSError:
             return
-        if (armed_role, armed) != (role, point):
+        if armed != point:
             return
         reached[point] = reached.get(point, 0) + 1
         if reached[point] >= int(count):
@@ -89,5 +89,5 @@ def main(config: ServerConfig) -> None:
     servers = {"vmm": "vmm.server", "guest": "vtl0_guest.server", "monitor": "vtl1_monitor.server"}
     points = {"vmm": VMM_POINTS, "monitor": MONITOR_POINTS}
     if config.role in points:
-        _install(config.role, points[config.role])
+        _install(config.state / FILE, points[config.role])
     importlib.import_module(servers[config.role]).main(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +17,10 @@ from vtlab.v1 import vmm_pb2
 
 
 @pytest.mark.parametrize("point", ["enter received", "enter served"])
-def test_a_judged_exit_is_judged_once(lab: LocalLab, observer: Observer, fault_file: Path, point: str) -> None:
+def test_a_judged_exit_is_judged_once(lab: LocalLab, observer: Observer, point: str) -> None:
     goes_on(observer)
     with restarted(lab, Role.MONITOR):
-        faults.arm(fault_file, "monitor", point, 5)
+        faults.arm(lab.directory, "monitor", point, 5)
     goes_on(observer)
     machine = observer.machine.info()
     assert (machine.state, machine.generation) == (vmm_pb2.MACHINE_STATE_RUNNING, 1)
@@ -29,10 +28,10 @@ def test_a_judged_exit_is_judged_once(lab: LocalLab, observer: Observer, fault_f
 
 @pytest.mark.parametrize("point", ["enter received", "enter served"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_guarding_is_finished(lab: LocalLab, fault_file: Path, point: str, count: int) -> None:
+def test_guarding_is_finished(lab: LocalLab, point: str, count: int) -> None:
     """It dies in the middle of taking the policy."""
     before = lab.supervisor.restarts(Role.MONITOR)
-    observer = Observer(lab, 2, on_ready=lambda: faults.arm(fault_file, "monitor", point, count))
+    observer = Observer(lab, 2, on_ready=lambda: faults.arm(lab.directory, "monitor", point, count))
     try:
         dies(lab, Role.MONITOR, before)
         goes_on(observer)

@@ -21,10 +21,10 @@ from vtlab.v1 import vmm_pb2
     "point",
     ["exit received", "exit served", "before the transaction", "after the transaction", "before VTL1", "after VTL1"],
 )
-def test_a_running_machine_goes_on(lab: LocalLab, observer: Observer, fault_file: Path, point: str) -> None:
+def test_a_running_machine_goes_on(lab: LocalLab, observer: Observer, point: str) -> None:
     goes_on(observer)
     before = lab.supervisor.restarts(Role.VMM)
-    faults.arm(fault_file, "vmm", point, 7)
+    faults.arm(lab.directory, "vmm", point, 7)
     dies(lab, Role.VMM, before)
     goes_on(observer)
     machine = observer.machine.info()
@@ -35,10 +35,10 @@ def test_a_running_machine_goes_on(lab: LocalLab, observer: Observer, fault_file
     "point", ["pages moved", "before the wipe", "after VTL1", "before the transaction", "after the transaction"]
 )
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_guarding_is_finished(lab: LocalLab, fault_file: Path, point: str, count: int) -> None:
+def test_guarding_is_finished(lab: LocalLab, point: str, count: int) -> None:
     """The VMM dies while VTL1 protects the machine for a client: it is protected all the same, and wholly."""
     before = lab.supervisor.restarts(Role.VMM)
-    observer = Observer(lab, 2, on_ready=lambda: faults.arm(fault_file, "vmm", point, count))
+    observer = Observer(lab, 2, on_ready=lambda: faults.arm(lab.directory, "vmm", point, count))
     try:
         dies(lab, Role.VMM, before)
         goes_on(observer)
@@ -46,11 +46,11 @@ def test_guarding_is_finished(lab: LocalLab, fault_file: Path, point: str, count
         observer.close()
 
 
-def test_killed_again_and_again(lab: LocalLab, observer: Observer, fault_file: Path) -> None:
+def test_killed_again_and_again(lab: LocalLab, observer: Observer) -> None:
     for number in range(4):
         before = lab.supervisor.restarts(Role.VMM)
         if number % 2:
-            faults.arm(fault_file, "vmm", "before the levels are asked")  # it dies again at once
+            faults.arm(lab.directory, "vmm", "before the levels are asked")  # it dies again at once
         os.kill(lab.pids["vmm"], signal.SIGKILL)
         dies(lab, Role.VMM, before)
         goes_on(observer)
@@ -92,9 +92,9 @@ def test_events_go_on_without_gap_or_repetition(lab: LocalLab, observer: Observe
     assert len(after) > len(seen)
 
 
-def test_a_reset_is_done_again(lab: LocalLab, observer: Observer, fault_file: Path) -> None:
+def test_a_reset_is_done_again(lab: LocalLab, observer: Observer) -> None:
     before = lab.supervisor.restarts(Role.VMM)
-    faults.arm(fault_file, "vmm", "after the transaction", 3)
+    faults.arm(lab.directory, "vmm", "after the transaction", 3)
     try:
         observer.machine.reset()
     except PeerUnavailable:

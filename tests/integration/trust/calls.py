@@ -40,8 +40,9 @@ def methods(service: str) -> dict[str, MethodDescriptor]:
 
 def addresses(lab: Lab) -> dict[Role, str]:
     """Where each of the three listens for whoever may call it."""
-    sockets = Path(lab.addresses.vmm.removeprefix("unix:")).parent
-    return {role: f"unix:{sockets / name}.sock" for role, name in zip(SERVERS, ("vmm", "guest", "vcpu"), strict=True)}
+    sockets = Path(lab.addresses.vmm.removeprefix("unix:")).parents[1]
+    names = ("vmm/clients", "guest/vcpu", "monitor/vcpu")
+    return {role: f"unix:{sockets / name}.sock" for role, name in zip(SERVERS, names, strict=True)}
 
 
 def trust(lab: Lab) -> Path:

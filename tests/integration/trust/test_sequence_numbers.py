@@ -15,9 +15,10 @@ import grpc
 import pytest
 
 from tests.integration.trust.calls import connect_as
+from vmm.launcher import LocalLab
 from vtlab.client import Lab
 from vtlab.errors import Conflict, VtlabError
-from vtlab.ram import create_ram_files
+from vtlab.ram import MACHINES, RamFile, create_ram_files, link_to_stores, remove_machine
 from vtlab.status import from_rpc_error
 from vtlab.trust.roles import Role
 from vtlab.v1 import monitor_pb2, monitor_pb2_grpc, registers_pb2, vcpu_pb2, vcpu_pb2_grpc
@@ -60,10 +61,15 @@ def vtl(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def channel(lab: Lab, vtl: int, tmp_path: Path) -> Iterator[grpc.Channel]:
+def channel(lab: Lab, vtl: int) -> Iterator[grpc.Channel]:
     """To a level that is attached to a machine of this test."""
-    create_ram_files(tmp_path, RAM)
-    (tmp_path / "image").write_bytes(COUNTING)
+    assert isinstance(lab, LocalLab)
+    state = lab.directory / "vmm"
+    folder = state / MACHINES / "repeated"
+    folder.mkdir()
+    link_to_stores(folder, state, [file.value for file in RamFile])
+    create_ram_files(folder, RAM)
+    (folder / "image").write_bytes(COUNTING)
     image = BootImage(
         path="image",
         sha256=hashlib.sha256(COUNTING).digest(),
@@ -78,7 +84,7 @@ def channel(lab: Lab, vtl: int, tmp_path: Path) -> Iterator[grpc.Channel]:
         vtl=vtl,
         vp_count=1,
         ram_size=RAM,
-        memory_directory=str(tmp_path),
+        memory_directory=str(folder),
         image=image,
     )
     with connect_as(lab, (Role.GUEST, Role.MONITOR)[vtl], Role.VMM) as opened:
@@ -86,6 +92,7 @@ def channel(lab: Lab, vtl: int, tmp_path: Path) -> Iterator[grpc.Channel]:
         stub.Attach(request, timeout=PATIENCE)
         yield opened
         stub.Detach(vcpu_pb2.DetachRequest(vm="repeated"), timeout=PATIENCE)
+    remove_machine(folder)
 
 
 @pytest.fixture
