@@ -14,7 +14,7 @@ from vtlab.confinement import kernel
 _VERSION_3 = 0x20080522
 _CAPABILITIES = 64
 # Bytes of a file that the guest process may write: its log is the only one, and it may not fill the disk.
-LOG_LIMIT = 64 << 20
+LOG_LIMIT = 16 << 20
 
 
 class _Header(ctypes.Structure):

@@ -1,7 +1,7 @@
 """The guest process with somebody else's native code in it: a stand-in for vtl0_guest.server in vmm.launcher.SERVERS.
 
-It serves VTL0 as ever, with its certificate, its descriptors and what confinement left it. On a socket in its own folder,
-which is where it may make one, it takes the names of steps (tests/integration/escape/steps.py) and does them.
+It serves VTL0 as ever, with its certificate, its descriptors and what confinement left it. On a socket in its own
+folder, which is where it may make one, it takes the names of steps (tests/integration/escape/steps.py) and does them.
 """
 
 from __future__ import annotations
