@@ -1,4 +1,4 @@
-"""`python -m vtl1_monitor --listen ADDRESS --listen ADDRESS --trust FOLDER --state FOLDER`"""
+"""`python -m vtl1_monitor --listen ADDRESS --listen ADDRESS --trust FOLDER --state FOLDER --memory FOLDER`"""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def confinement() -> Finding:
     from vtlab.confinement import bpf, landlock
     from vtlab.confinement.confine import LANDLOCK_WANTED, VARIABLE, Mode, mode
 
-    fix = f"a kernel from 6.12 on with `landlock` in lsm=, or deploy/compose.yaml; {VARIABLE}=required refuses less"
+    fix = f"a kernel from 6.12 on with `landlock` in lsm=, or deploy/compose.yaml; {VARIABLE}=required accepts no less"
     try:
         wanted = mode()
     except VtlabError as error:

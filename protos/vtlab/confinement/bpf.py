@@ -37,7 +37,7 @@ _Step = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 _REFUSE: _Step = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
 
 
-class Test(Enum):
+class Check(Enum):
     """How 32 bits of an argument are looked at."""
 
     ONE_OF = auto()
@@ -52,7 +52,7 @@ class Argument:
     """A test of one argument, counted from 0; of its upper half if `high`."""
 
     index: int
-    test: Test
+    check: Check
     values: tuple[int, ...]
     high: bool = False
 
@@ -121,7 +121,7 @@ def _tested(number: int, tests: Iterable[Argument]) -> list[_Step]:
     body: list[_Step] = []
     for one in tests:
         body.append((_LOAD, 0, 0, _ARGUMENTS + 8 * one.index + 4 * one.high))
-        body += _FORMS[one.test](one.values)
+        body += _FORMS[one.check](one.values)
     body.append((_RETURN, 0, 0, _ALLOW))
     return [(_EQUAL, 0, len(body), number), *body]
 
@@ -144,11 +144,11 @@ def _masked(values: tuple[int, ...]) -> list[_Step]:
 
 
 # Each falls through to what follows where the argument passes.
-_FORMS: dict[Test, Callable[[tuple[int, ...]], list[_Step]]] = {
-    Test.ONE_OF: _one_of,
-    Test.NONE_OF: _none_of,
-    Test.NO_BIT_OF: _no_bit_of,
-    Test.MASKED: _masked,
+_FORMS: dict[Check, Callable[[tuple[int, ...]], list[_Step]]] = {
+    Check.ONE_OF: _one_of,
+    Check.NONE_OF: _none_of,
+    Check.NO_BIT_OF: _no_bit_of,
+    Check.MASKED: _masked,
 }
 
 

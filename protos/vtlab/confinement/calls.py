@@ -6,7 +6,7 @@ the kernel's own management (bpf, mount, keyctl, userfaultfd, kexec_load, io_uri
 
 from __future__ import annotations
 
-from vtlab.confinement.bpf import Argument, Filter, Test
+from vtlab.confinement.bpf import Argument, Check, Filter
 from vtlab.trust.roles import Role
 
 _FILES = {
@@ -69,7 +69,7 @@ _COMMANDS_THAT_SIGNAL = (8, 10, 15)
 # PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_CAPBSET_READ, PR_GET_NO_NEW_PRIVS, PR_SET_VMA
 _PRCTL_OPTIONS = (3, 15, 16, 23, 39, 0x53564D41)
 
-_CREATES_NOTHING = Test.NO_BIT_OF, (_O_CREAT | _O_TRUNC | _O_TMPFILE,)
+_CREATES_NOTHING = Check.NO_BIT_OF, (_O_CREAT | _O_TRUNC | _O_TMPFILE,)
 
 
 def allowed_calls(role: Role, process: int, tcp: bool) -> Filter:
@@ -81,19 +81,19 @@ def allowed_calls(role: Role, process: int, tcp: bool) -> Filter:
     """
     names = _FILES | _MEMORY | _THREADS | _SIGNALS | _WAITING | _SOCKETS | _SENDING | _ABOUT_ITSELF
     absent = {_CLONE3, _OPENAT2}  # their arguments are behind a pointer, where no filter sees them
-    own = Argument(0, Test.ONE_OF, (process,))
-    stream = Argument(1, Test.MASKED, (_SOCK_TYPE, _SOCK_STREAM))
+    own = Argument(0, Check.ONE_OF, (process,))
+    stream = Argument(1, Check.MASKED, (_SOCK_TYPE, _SOCK_STREAM))
     families = (_AF_UNIX, _AF_INET, _AF_INET6) if tcp else (_AF_UNIX,)
     tested = {
-        _IOCTL: (Argument(1, Test.ONE_OF, _REQUESTS),),
-        _FCNTL: (Argument(1, Test.NONE_OF, _COMMANDS_THAT_SIGNAL),),
-        _CLONE: (Argument(0, Test.MASKED, (_CLONE_THREAD, _CLONE_THREAD)),),
-        _SOCKET: (Argument(0, Test.ONE_OF, families), stream),
-        _SOCKETPAIR: (Argument(0, Test.ONE_OF, (_AF_UNIX,)), stream),
+        _IOCTL: (Argument(1, Check.ONE_OF, _REQUESTS),),
+        _FCNTL: (Argument(1, Check.NONE_OF, _COMMANDS_THAT_SIGNAL),),
+        _CLONE: (Argument(0, Check.MASKED, (_CLONE_THREAD, _CLONE_THREAD)),),
+        _SOCKET: (Argument(0, Check.ONE_OF, families), stream),
+        _SOCKETPAIR: (Argument(0, Check.ONE_OF, (_AF_UNIX,)), stream),
         _KILL: (own,),
         _TGKILL: (own,),
-        _PRCTL: (Argument(0, Test.ONE_OF, _PRCTL_OPTIONS),),
-        _PRLIMIT64: tuple(Argument(index, Test.ONE_OF, (0,), high) for index in (0, 2) for high in (False, True)),
+        _PRCTL: (Argument(0, Check.ONE_OF, _PRCTL_OPTIONS),),
+        _PRLIMIT64: tuple(Argument(index, Check.ONE_OF, (0,), high) for index in (0, 2) for high in (False, True)),
     }
     if role is Role.GUEST:
         tested |= {_OPEN: (Argument(1, *_CREATES_NOTHING),), _OPENAT: (Argument(2, *_CREATES_NOTHING),)}
@@ -103,7 +103,7 @@ def allowed_calls(role: Role, process: int, tcp: bool) -> Filter:
         names = names | _OF_THE_VMM
     elif tcp:  # or a connection could be opened by sending on it
         tested |= {
-            _SENDING["sendto"]: (Argument(3, Test.NO_BIT_OF, (_MSG_FASTOPEN,)),),
-            _SENDING["sendmsg"]: (Argument(2, Test.NO_BIT_OF, (_MSG_FASTOPEN,)),),
+            _SENDING["sendto"]: (Argument(3, Check.NO_BIT_OF, (_MSG_FASTOPEN,)),),
+            _SENDING["sendmsg"]: (Argument(2, Check.NO_BIT_OF, (_MSG_FASTOPEN,)),),
         }
     return Filter(frozenset(names.values()), tested, frozenset(absent))

@@ -84,7 +84,10 @@ def needs(config: ServerConfig, modules: Iterable[str] = ()) -> Needs:
             allow(path, access)
         if not store_folder(config.memory, Store.SEALED).is_dir():
             allow(config.memory, _USE | _READ)
-            notes.append(f"{config.memory} holds no folders a right: modes and uids alone tell its files apart")
+            if config.memory.is_dir() and config.memory.stat().st_uid == os.geteuid():
+                notes.append(
+                    f"{config.memory} holds no folder a right, and is of the same user: nothing tells its files apart"
+                )
     if config.rules:  # code of the user's own, which may read what the user may
         allow(Path("/"), _READ)
     return Needs(files, _ports(config.listen), _ports((config.guest, config.monitor)), code, tuple(notes))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from vtl1_monitor.policy.text import parse
+from vtlab.arguments import server_config
 
 ROOT = Path(__file__).parents[3]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
@@ -48,3 +49,14 @@ def test_each_role_sees_its_own_key_and_only_three_see_memory() -> None:
 @pytest.mark.parametrize("policy", sorted((ROOT / "deploy/policies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_policies_parse(policy: Path) -> None:
     assert parse(policy.read_text(), policy.name).model.name == policy.stem
+
+
+@pytest.mark.parametrize("name", ["guest", "monitor", "vmm"])
+def test_the_command_lines_are_those_of_the_servers(name: str) -> None:
+    """And each has a user of its own."""
+    command = SERVICES[name]["command"]
+    config = server_config(name, command[2:])
+    assert config.role == name
+    assert config.memory == Path("/memory")
+    assert SERVICES[name]["user"] == f"vtlab-{name}"
+    assert "VTLAB_CONFINEMENT" in SERVICES[name]["environment"]
