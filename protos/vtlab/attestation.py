@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from vtlab.errors import BadArgument, BadImage, Refused
-from vtlab.trust.certificates import QUOTE_URI
+from vtlab.trust.certificates import QUOTE_URI, unreadable
 from vtlab.v1.monitor_pb2 import Quote, SignedQuote
 
 NONCE_SIZES = range(8, 65)
@@ -83,14 +83,14 @@ def _check_signature(signed: SignedQuote, authority: bytes) -> None:
 
     try:
         authorities = x509.load_pem_x509_certificates(authority)
-    except ValueError:
+    except unreadable():
         raise BadArgument("authority", "is no certificate in PEM") from None
     try:
         certificate = x509.load_pem_x509_certificate(signed.certificate)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         key = certificate.public_key()
-    except (ValueError, x509.ExtensionNotFound):
+    except (x509.ExtensionNotFound, *unreadable()):
         raise Refused("certificate", "is none for quotes") from None
     if not any(_issued(certificate, one) for one in authorities):
         raise Refused("certificate", "was not issued by this authority")
@@ -113,7 +113,7 @@ def _issued(certificate: object, authority: object) -> bool:
     assert isinstance(authority, x509.Certificate)
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (InvalidSignature, *unreadable()):
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tests.fuzz.certificates import CertificateTarget
 from tests.fuzz.enters import EnterTarget
 from tests.fuzz.exits import ExitTarget
 from tests.fuzz.files import LoaderTarget, ModuleTarget, PolicyTarget
@@ -12,6 +13,7 @@ from tests.fuzz.messages import MessageTarget
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
+    "certificates": CertificateTarget,
     "enters": EnterTarget,
     "exits": ExitTarget,
     "hypercalls": HypercallTarget,

@@ -11,6 +11,7 @@ from tests.fuzz.target import Target, mutated
 from tests.fuzz.targets import TARGETS
 
 SHORT = {
+    "certificates": 500,
     "enters": 1_000,
     "exits": 2_000,
     "hypercalls": 2_000,

@@ -34,6 +34,21 @@ def server_name(role: Role | str) -> str:
     return f"{Role(role).value}.vtlab.internal"
 
 
+def unreadable() -> tuple[type[Exception], ...]:
+    """What the library raises for a certificate or a list that is none; not all of it is a ValueError."""
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    return (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    )
+
+
 @dataclass(frozen=True)
 class Credentials:
     """What one process needs to speak: the authority's certificate, its own, and its own key; all PEM."""
@@ -125,7 +140,7 @@ def _is_fresh(path: Path) -> bool:
 
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, *unreadable()):
         return False
     return certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC) > RENEW_BEFORE_END
 

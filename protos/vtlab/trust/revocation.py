@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 from vtlab.errors import PermissionDenied
+from vtlab.trust.certificates import unreadable
 
 _Identity = tuple[int, int, int]
 
@@ -29,7 +30,10 @@ class Revocations:
         if problem:
             raise PermissionDenied(str(self._path), f"{problem}: nobody is let in")
         if revoked:
-            serial = _serial(certificate)
+            try:
+                serial = _serial(certificate)
+            except unreadable() as error:
+                raise PermissionDenied("certificate", f"has no serial number that can be read: {error}") from None
             if serial in revoked:
                 raise PermissionDenied(f"certificate {serial:x}", "was revoked")
 
@@ -61,12 +65,12 @@ class Revocations:
         try:
             found = x509.load_pem_x509_crl(self._path.read_bytes())
             authorities = x509.load_pem_x509_certificates(self._authorities.read_bytes())
-        except (OSError, ValueError) as error:
+            keys = [one.public_key() for one in authorities if one.subject == found.issuer]
+            if not any(isinstance(key, ec.EllipticCurvePublicKey) and found.is_signature_valid(key) for key in keys):
+                return frozenset(), "is not signed by an authority of this laboratory"
+            return frozenset(one.serial_number for one in found), ""
+        except (OSError, *unreadable()) as error:
             return frozenset(), f"is no list of revoked certificates ({error})"
-        keys = [one.public_key() for one in authorities if one.subject == found.issuer]
-        if not any(isinstance(key, ec.EllipticCurvePublicKey) and found.is_signature_valid(key) for key in keys):
-            return frozenset(), "is not signed by an authority of this laboratory"
-        return frozenset(one.serial_number for one in found), ""
 
 
 @functools.lru_cache(256)

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from vtlab.errors import BadArgument, WrongState
-from vtlab.trust.certificates import issue, locked, write
+from vtlab.trust.certificates import issue, locked, unreadable, write
 from vtlab.trust.issuing import Issuer, authority_pair
 from vtlab.trust.roles import Role
 
@@ -68,7 +68,7 @@ def _serial(what: str) -> int:
         if Path(what).is_file():
             return x509.load_pem_x509_certificate(Path(what).read_bytes()).serial_number
         serial = int(what, 16)
-    except ValueError:
+    except unreadable():
         serial = 0
     if not 0 < serial < 1 << 160:
         raise BadArgument(what, "is neither a certificate in PEM nor a serial number in hexadecimal")
