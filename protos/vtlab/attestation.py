@@ -90,7 +90,7 @@ def _check_signature(signed: SignedQuote, authority: bytes) -> None:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         key = certificate.public_key()
-    except (x509.ExtensionNotFound, *unreadable()):
+    except unreadable(x509.ExtensionNotFound):
         raise Refused("certificate", "is none for quotes") from None
     if not any(_issued(certificate, one) for one in authorities):
         raise Refused("certificate", "was not issued by this authority")
@@ -113,7 +113,7 @@ def _issued(certificate: object, authority: object) -> bool:
     assert isinstance(authority, x509.Certificate)
     try:
         certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, *unreadable()):
+    except unreadable(InvalidSignature):
         return False
     return True
 

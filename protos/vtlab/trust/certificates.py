@@ -34,12 +34,13 @@ def server_name(role: Role | str) -> str:
     return f"{Role(role).value}.vtlab.internal"
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What the library raises for a certificate or a list that is none; not all of it is a ValueError."""
+def unreadable(*also: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the library raises for a certificate or a list that is none, not all of it ValueErrors; and `also`."""
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
 
     return (
+        *also,
         ValueError,
         TypeError,
         UnsupportedAlgorithm,
@@ -140,7 +141,7 @@ def _is_fresh(path: Path) -> bool:
 
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, *unreadable()):
+    except unreadable(OSError):
         return False
     return certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC) > RENEW_BEFORE_END
 

@@ -69,7 +69,7 @@ class Revocations:
             if not any(isinstance(key, ec.EllipticCurvePublicKey) and found.is_signature_valid(key) for key in keys):
                 return frozenset(), "is not signed by an authority of this laboratory"
             return frozenset(one.serial_number for one in found), ""
-        except (OSError, *unreadable()) as error:
+        except unreadable(OSError) as error:
             return frozenset(), f"is no list of revoked certificates ({error})"
 
 

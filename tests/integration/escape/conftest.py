@@ -5,6 +5,7 @@ The second shows that a step would get through: a test that nothing can fail pro
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,12 +34,13 @@ class Escaped:
 
 
 def _laboratory(confinement: str) -> Iterator[Escaped]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher, "SERVERS", launcher.SERVERS | {Role.GUEST: attacker.__name__})
-        patch.setenv(VARIABLE, confinement)
-        patch.setenv("ESCAPE_TEST_TOKEN", "".join(TOKEN))
-        with launch() as running:
-            yield Escaped(running)
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # while it starts: other laboratories of this worker are as ever
+            patch.setattr(launcher, "SERVERS", launcher.SERVERS | {Role.GUEST: attacker.__name__})
+            patch.setenv(VARIABLE, confinement)
+            patch.setenv("ESCAPE_TEST_TOKEN", "".join(TOKEN))
+            running = stack.enter_context(launch())
+        yield Escaped(running)
 
 
 @pytest.fixture(scope="session")

@@ -259,7 +259,7 @@ def test_no_other_process_is_made(confined: Escaped, unguarded: Escaped, step: s
 
 # Name, number, arguments with which the kernel would not say EPERM to root.
 CALLS = [
-    ("ptrace", 101, (0, 0, 0, 0)),
+    ("ptrace", 101, (1, -1, 0, 0)),
     ("mount", 165, (0, 0, 0, 0, 0)),
     ("chroot", 161, (0,)),
     ("setuid", 105, (0,)),
