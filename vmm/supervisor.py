@@ -149,10 +149,7 @@ class Supervisor:
 
     def _restart(self, role: Role, dead: LocalProcess) -> None:
         """On a thread of its own: the three may die at once."""
-        dead.process.join(DYING)
-        if dead.process.is_alive():  # it says that it is dead, and is not: so says somebody else's code in it
-            dead.process.kill()
-            dead.process.join()
+        _end(dead.process)
         words = dead.last_words()
         ended = f"ended with code {dead.process.exitcode}" + (f": {words}" if words else "")
         _log.warning("%s %s", role, ended)
@@ -203,3 +200,13 @@ class Supervisor:
             self.failure = self.failure or failure
             self._changed.notify_all()
         os.write(self._waker, b"x")
+
+
+def _end(process: Any) -> None:
+    """Waits for a process whose sentinel told of its end; one that is not at an end is ended: that was another's code."""
+    deadline = time.monotonic() + DYING
+    while process.is_alive():  # join() believes the sentinel, and would wait for ever
+        if time.monotonic() > deadline:
+            process.kill()
+        time.sleep(0.002)
+    process.join()

@@ -6,6 +6,8 @@ before it is known that it may call.
 
 from __future__ import annotations
 
+import base64
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -20,6 +22,8 @@ from vtlab.trust.revocation import Revocations
 from vtlab.trust.roles import Role, may_call
 
 _log = logging.getLogger(__name__)
+
+_URI_TAG = 0x86  # uniformResourceIdentifier of a GeneralName (RFC 5280), before length and characters
 
 
 def role_of_peer(auth_context: Mapping[str, Iterable[bytes]]) -> Role | None:
@@ -63,6 +67,8 @@ class Gate(grpc.ServerInterceptor):
 
     def _authorise(self, rpc: str, context: grpc.ServicerContext) -> None:
         caller = role_of_peer(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))
+        if caller is not None and not _names(_certificate(context), caller):
+            caller = None
         if not may_call(rpc, caller, self._server):
             raise PermissionDenied(f"role {caller or 'unknown'}", f"may not call {rpc} of the {self._server}")
         self._revocations.check(_certificate(context))
@@ -123,6 +129,14 @@ def _certificate(context: grpc.ServicerContext) -> bytes:
     """What TLS verified of the caller, PEM."""
     found = cast("Mapping[str, Iterable[bytes]]", context.auth_context()).get("x509_pem_cert", ())
     return next(iter(found), b"")
+
+
+@functools.lru_cache(256)
+def _names(certificate: bytes, role: Role) -> bool:
+    """Whether the role's URI stands in the certificate (PEM) as it is: what gRPC tells of a URI ends at a NUL."""
+    uri = f"{URI_PREFIX}{role}".encode()
+    lines = [line for line in certificate.splitlines() if not line.startswith(b"-----")]
+    return bytes((_URI_TAG, len(uri))) + uri in base64.b64decode(b"".join(lines))
 
 
 def _parser(rpc: str, deserializer: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any], Any]:

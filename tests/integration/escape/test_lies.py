@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.escape import lies
+from tests.integration.escape import attacker, lies
 from tests.integration.escape.conftest import Escaped
 from tests.waiting import wait_until
+from vmm import launcher, supervisor
+from vmm.launcher import launch
 from vtl0_guest.kernels import selfguard_image
 from vtlab.ram import Store, store_folder
+from vtlab.trust.roles import Role
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.monitor_pb2 import Quote, SignedQuote
 from vtlab_attacks.kernels import kernel_symbols
@@ -86,6 +89,19 @@ def at(file: Path, gpa: int) -> bytes:
 
 def measurements(signed: SignedQuote) -> list[bytes]:
     return [one.SerializeToString() for one in Quote.FromString(signed.quote).measurements]
+
+
+def test_a_process_that_only_says_that_it_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended, and its place is taken: the laboratory neither waits for it nor hangs at its own end."""
+    monkeypatch.setattr(launcher, "SERVERS", launcher.SERVERS | {Role.GUEST: attacker.__name__})
+    monkeypatch.setattr(supervisor, "DYING", 0.2)
+    with launch() as lab:
+        before = lab.pids["guest"]
+        assert Escaped(lab)("say_that_it_is_dead") == 1
+        assert lab.supervisor.wait_restarted(Role.GUEST, 1, TIMEOUT)
+        assert lab.pids["guest"] != before
+        assert not Path(f"/proc/{before}").exists()
+        boots(Escaped(lab))
 
 
 def test_a_descriptor_that_it_sends_is_not_taken(liar: Escaped) -> None:
