@@ -203,7 +203,7 @@ class Supervisor:
 
 
 def _end(process: Any) -> None:
-    """Waits for a process whose sentinel told of its end; one that is not at an end is ended: that was another's code."""
+    """Waits for a process whose sentinel told of its end; if that was a lie of another's code, it is ended."""
     deadline = time.monotonic() + DYING
     while process.is_alive():  # join() believes the sentinel, and would wait for ever
         if time.monotonic() > deadline:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,17 @@ def opens(path: Path, flags: int) -> Callable[[], object]:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
+def shared() -> Iterator[Path]:
+    """A folder that everybody passes through; those of pytest are its user's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@pytest.fixture
+def state(shared: Path) -> Path:
     """The volume `memory` of deploy/compose.yaml with a machine in it, made by the VMM's user."""
-    for folder in (*reversed(tmp_path.parents[:2]), tmp_path):
-        folder.chmod(0o711)
-    memory = tmp_path / "memory"
+    memory = shared / "memory"
     memory.mkdir()
     os.chown(memory, VMM, MONITOR)
     memory.chmod(0o2751)
@@ -97,10 +104,10 @@ def test_what_is_the_vmm_s_alone(state: Path, user: int) -> None:
     assert succeeds(VMM, lambda: ram.chmod(0o666))
 
 
-def test_keys(tmp_path: Path, state: Path) -> None:
+def test_keys(shared: Path) -> None:
     """Handed out as the compose file does: the authority writes, the role's group reads."""
-    authority = ensure_trust(tmp_path / "authority")
-    out = tmp_path / "out"
+    authority = ensure_trust(shared / "authority")
+    out = shared / "out"
     out.mkdir()
     for role, user in (("vmm", VMM), ("guest", GUEST), ("monitor", MONITOR)):
         (out / role).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -119,7 +120,7 @@ def test_a_stream_that_says_nothing(lab: Lab) -> None:
     """As many as one caller likes: each is refused before it says anything, so none takes a worker."""
     with connect_as(lab, Role.MONITOR, Role.GUEST) as channel:
         for _ in range(200):
-            call = channel.stream_stream("/vtlab.v1.VcpuService/Run")(iter(()), timeout=30)
+            call: Any = channel.stream_stream("/vtlab.v1.VcpuService/Run")(iter(()), timeout=30)
             with pytest.raises(grpc.RpcError) as refused:
                 next(call)
             assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
