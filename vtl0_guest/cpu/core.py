@@ -212,9 +212,9 @@ class Core:
             self._timer_changed.notify_all()
         if self._timer.is_alive():
             self._timer.join()
-        self.turns.close()
         self.platform.on_wake = lambda _vp_index: None
         self.platform.on_deadline = lambda: None
+        self.turns.close()
         for processor in self._processors:
             processor.context.engine.close()
         self._processors.clear()
