@@ -29,7 +29,7 @@ SAVED_CR4 = 16  # in struct hibernated of vtl0_guest/kernels/selfguard/hibernate
 AWAKE = "selfguard: awake, from the image"
 UP = re.compile(rf"{AWAKE}|{READY}")
 OFF = "switched off by ACPI S4"
-MARK, LATER = b"before the image", b"behind the image"
+MARK, EARLIER, LATER = b"before the image", b"of an earlier night", b"behind the image"
 
 SEAN_S4 = "Heki thread (Christopherson 2024): no story for reboot, kexec, hibernate"
 OFFLINE = "Linux, Documentation/power/swsusp.rst: whoever changes the image while the machine is off changes the kernel"
@@ -213,10 +213,10 @@ def replay(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     mailbox = symbols.physical("driver_mailbox")
 
     def rolled_back() -> bool:
-        return bool(memory(machine, mailbox, len(MARK)) == MARK)
+        return bool(memory(machine, mailbox, len(EARLIER)) == EARLIER)
 
     def steps(attempts: Attempts) -> None:
-        driver.write_bytes(symbols["driver_mailbox"], MARK)
+        driver.write_bytes(symbols["driver_mailbox"], EARLIER)
         switch_off(machine)
         old = Image(machine)
         _wake(attempts, machine)
