@@ -173,13 +173,9 @@ def start_program() -> int:
 
 
 def fork() -> int:
-    """By number, holding the interpreter's lock, which nobody would give back in the child."""
-    ctypes.set_errno(0)
-    child: int = ctypes.PyDLL(None, use_errno=True).syscall(57)
+    child = os.fork()
     if not child:
         os._exit(0)
-    if child < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return os.waitpid(child, 0)[1]
 
 
@@ -319,10 +315,6 @@ def say_that_it_is_dead() -> int:
         except OSError:
             continue
     return closed
-
-
-def find_in_environment(word: str) -> bool:
-    return word.encode() in Path("/proc/self/environ").read_bytes() or word in str(dict(os.environ))
 
 
 def find_in_memory(halves: list[str]) -> int:

@@ -338,6 +338,6 @@ def test_what_it_holds(confined: Escaped) -> None:
 
 
 def test_the_users_environment_is_not_in_it(confined: Escaped, unguarded: Escaped) -> None:
-    assert unguarded("find_in_environment", "".join(TOKEN))
-    assert not confined("find_in_environment", "".join(TOKEN))
+    """Neither where the kernel put it, nor in copies that Python made."""
     assert unguarded("find_in_memory", TOKEN) > 0
+    assert confined("find_in_memory", TOKEN) == 0

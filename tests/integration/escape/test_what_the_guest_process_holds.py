@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def test_nothing_of_vtl1_is_open_or_mapped_in_the_guest_process(lab: Lab, machin
     machine.start()
     machine.registers()
     guest, monitor = process(lab, "guest"), process(lab, "monitor")
+    if not os.access(monitor / "map_files", os.R_OK):
+        pytest.skip("only root sees what a process holds that cannot be dumped; tests from inside look too")
     private = f".{RamFile.PRIVATE.value}"
     assert any(private in line for line in (monitor / "maps").read_text().splitlines()), "the monitor maps it"
     mapped = (guest / "maps").read_text().splitlines()
