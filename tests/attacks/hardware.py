@@ -163,12 +163,12 @@ def poison(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
         log.read_until(READY, BOOT_TIMEOUT)
 
     return observe(
-        "address of a bad page that the kernel goes on with",
-        lambda: _word(machine, place),
+        "VTL0 has heard of a bad page of VTL1",
+        lambda: _word(machine, place) == page,
         steps,
         symbols,
-        lambda _, after: after == page,
-        hex,
+        lambda _, after: after,
+        lambda heard: "yes" if heard else "no",
     )
 
 
