@@ -183,7 +183,8 @@ def markdown(rows: dict[str, dict[str, Result]], load: str) -> str:
         lines.append(_line(name, str(row[OURS]), str(row[QEMU]), [row]))
     lines.append(_line("all", "", "", rows.values()))
     both = [row for row in rows.values() if row[OURS].code == row[QEMU].code != OVER_TIME]
-    lines.append(_line(f"the {len(both)} that end alike", "", "", both))
+    if both:
+        lines.append(_line(f"the {len(both)} that end alike", "", "", both))
     return "\n".join([*lines, "", f"Load averages before and after: {load}.", ""])
 
 
