@@ -26,7 +26,7 @@ VPS = 2
 _MINUTE = 60.0
 # The refused module's bytes stay where it was copied to, in place of those of the control that loads a signed one: from
 # the second time on there is no telling by the memory that nothing happened.
-_ONCE = frozenset({"module-unsigned"})
+_ONCE = frozenset({"module-unsigned", "module-tampered"})
 _PINGS = 20  # VTL calls in a turn, beside those of attacks and controls
 # Of a process, from the end of its warm-up (a quarter of the run, at most WARM_UP minutes) to the end of the run.
 MOST_GROWTH = 4 << 20
