@@ -333,5 +333,10 @@ class EventLog:
         return Event(sequence=sequence, vm=self._vm, kind=EventKind.Name(kind), **detail)  # type: ignore[arg-type]
 
 
+def is_complete(event: Event) -> bool:
+    """Whether an event from elsewhere is one that a log holds: its kind is known, and its detail is of that kind."""
+    return event.kind in _FIELDS and event.WhichOneof("detail") == _FIELDS[event.kind]
+
+
 def _wanted(kinds: Collection[int]) -> list[int]:
     return [kind for kind in _FIELDS if not kinds or kind in kinds]

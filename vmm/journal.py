@@ -21,6 +21,8 @@ from vtlab.errors import InternalError
 VERSION = 1
 # Event numbers that are reserved at once: readers of events must never see a number twice.
 BLOCK = 4096
+# What a damaged file makes of any statement: the words of SQLite's own complaint may come out of it.
+_DAMAGE = (sqlite3.Error, UnicodeError)
 _SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE records (vm TEXT, name TEXT, data BLOB NOT NULL, PRIMARY KEY (vm, name)) WITHOUT ROWID;
@@ -44,7 +46,7 @@ class Journal:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             path.chmod(0o600)
             version = self._open()
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             raise self._unusable(str(error)) from None
         if version != VERSION:
             self._database.close()
@@ -79,8 +81,8 @@ class Journal:
                     self._database.execute("ROLLBACK")
                     raise
                 self._database.execute("COMMIT")
-            except sqlite3.Error as error:
-                raise self._unusable(f"cannot be written: {error}") from None
+            except _DAMAGE as error:
+                raise self._unusable(f"cannot be read or written: {error}") from None
 
     def write(
         self,
@@ -118,15 +120,23 @@ class Journal:
             return [row[0] for row in database.execute("SELECT DISTINCT vm FROM records ORDER BY vm")]
 
     def read(self, vm: str) -> dict[str, bytes]:
-        """The records of a machine by name."""
+        """The records of a machine by name. Raises InternalError if it is damaged."""
         with self._transaction() as database:
-            return dict(database.execute("SELECT name, data FROM records WHERE vm = ?", (vm,)))
+            rows = dict(database.execute("SELECT name, data FROM records WHERE vm = ?", (vm,)))
+        self._check_types(vm, rows.values())
+        return rows
+
+    def _check_types(self, vm: str, data: Iterable[object]) -> None:
+        """SQLite keeps any type in any column; none but ours was written by a VMM."""
+        if not all(isinstance(one, bytes) for one in data):
+            raise self._unusable(f"a record of machine '{vm}' is not of bytes")
 
     def events(self, vm: str) -> tuple[list[bytes], dict[int, tuple[int, int]]]:
-        """The events that are kept, in order, and what was dropped (see write)."""
+        """The events that are kept, in order, and what was dropped (see write). Raises InternalError."""
         with self._transaction() as database:
             kept = database.execute("SELECT data FROM events WHERE vm = ? ORDER BY sequence", (vm,)).fetchall()
             rows = database.execute("SELECT kind, count, last FROM dropped WHERE vm = ?", (vm,)).fetchall()
+        self._check_types(vm, (row[0] for row in kept))
         return [row[0] for row in kept], {kind: (count, last) for kind, count, last in rows}
 
     def forget(self, vm: str) -> None:

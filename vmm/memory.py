@@ -126,6 +126,8 @@ class Memory:
             count = min(RECORD_PAGES, self.pages - first)
             if count <= 0 or len(record) != 2 * count:
                 raise BadArgument(f"record {number} of pages", f"has {len(record)} bytes")
+            if max(record[:count]) > PRIVATE or max(record[count:]) > ALL_RIGHTS | PAGE_TABLE:
+                raise BadArgument(f"record {number} of pages", "names a file or rights that there are not")
             self._store[first : first + count] = record[:count]
             self._rights[first : first + count] = record[count:]
         for span in _SAME_STORE.finditer(bytes(self._store)):

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from vmm import plain
 from vmm.board import Board
-from vmm.events import Kept
+from vmm.events import Kept, is_complete
 from vmm.journal import Journal
 from vmm.ledger import MACHINE, PAGES, PARTITION, VCPU
 from vmm.vtl import VTL0
@@ -37,7 +37,7 @@ class Past:
         self._partition = self._parse(PartitionRecord, rows, PARTITION)
         self.pages = {int(name.removeprefix(PAGES)): row for name, row in rows.items() if name.startswith(PAGES)}
         kept, dropped = journal.events(vm)
-        events = [self._parse(Event, {str(number): row}, str(number)) for number, row in enumerate(kept)]
+        events = [self._parse_event(number, row) for number, row in enumerate(kept)]
         self.events = Kept(events, dropped, journal.next_event() - 1)
 
     def _parse(self, kind: type[_Record], rows: Mapping[str, bytes], name: str) -> _Record:
@@ -45,6 +45,13 @@ class Past:
             return kind.FromString(rows[name])
         except (KeyError, DecodeError):
             raise self._damaged(name) from None
+
+    def _parse_event(self, number: int, row: bytes) -> Event:
+        name = f"event {number}"
+        event = self._parse(Event, {name: row}, name)
+        if not is_complete(event):
+            raise self._damaged(name)
+        return event
 
     def _damaged(self, name: str) -> InternalError:
         return InternalError(f"machine '{self._vm}'", f"the journal's record {name!r} is missing or damaged")

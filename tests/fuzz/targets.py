@@ -10,6 +10,7 @@ from tests.fuzz.exits import ExitTarget
 from tests.fuzz.files import LoaderTarget, ModuleTarget, PolicyTarget
 from tests.fuzz.hypercalls import HypercallTarget
 from tests.fuzz.messages import MessageTarget
+from tests.fuzz.stores import JournalTarget, SealedTarget
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -17,8 +18,10 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "enters": EnterTarget,
     "exits": ExitTarget,
     "hypercalls": HypercallTarget,
+    "journal": JournalTarget,
     "loaders": LoaderTarget,
     "messages": MessageTarget,
     "modules": ModuleTarget,
     "policies": PolicyTarget,
+    "sealed": SealedTarget,
 }

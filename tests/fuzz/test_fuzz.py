@@ -15,10 +15,12 @@ SHORT = {
     "enters": 1_000,
     "exits": 2_000,
     "hypercalls": 2_000,
+    "journal": 200,
     "loaders": 200,
     "messages": 2_000,
     "modules": 200,
     "policies": 200,
+    "sealed": 500,
 }
 
 

@@ -44,7 +44,7 @@ def test_records_are_replaced_and_forgotten(path: Path) -> None:
 def test_a_transaction_that_fails_leaves_nothing(path: Path) -> None:
     journal = Journal(path)
     journal.write("vm", {"machine": b"1"}, [(1, 1, b"a")])
-    with pytest.raises(InternalError, match="cannot be written"):
+    with pytest.raises(InternalError, match="cannot be read or written"):
         journal.write("vm", {"machine": b"2"}, [(1, 1, b"the same number")])
     assert journal.read("vm") == {"machine": b"1"}
     journal.write("vm", {"machine": b"3"}, [(2, 1, b"b")])
@@ -81,3 +81,31 @@ def test_what_cannot_be_read_is_refused(path: Path, damage: str) -> None:
     with pytest.raises(InternalError, match="journal"):
         Journal(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ["text", 7, None, 1.5])
+def test_a_record_that_is_not_of_bytes_is_damage(path: Path, value: object) -> None:
+    Journal(path).write("vm", {"machine": b"1"}, [(1, 1, b"event")])
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA ignore_check_constraints = ON")
+        database.execute("INSERT OR IGNORE INTO records VALUES ('vm', 'more', ?)", (value,))
+        database.execute("UPDATE OR IGNORE events SET data = ?", (value,))
+    journal = Journal(path)
+    if value is None:  # the schema does not let it in
+        assert journal.read("vm") == {"machine": b"1"}
+        return
+    with pytest.raises(InternalError, match="not of bytes"):
+        journal.read("vm")
+    with pytest.raises(InternalError, match="not of bytes"):
+        journal.events("vm")
+
+
+def test_damage_that_garbles_the_complaint_is_still_a_complaint(path: Path) -> None:
+    journal = Journal(path)
+    journal.write("vm", {"machine": b"1"})
+    journal.close()
+    data = path.read_bytes()
+    at = data.index(b"CREATE TABLE meta") + 6
+    path.write_bytes(data[:at] + b"\xff\xd9" + data[at + 2 :])
+    with pytest.raises(InternalError, match="journal"):
+        Journal(path).machines()
