@@ -7,6 +7,7 @@ no threads of its own: see vmm.machine.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +32,7 @@ from vtlab.v1.vmm_pb2 import MachineSpec, MachineState
 
 if TYPE_CHECKING:
     from vmm.designs.design import Design
+    from vmm.tracing import SwitchTracer
 
 # Runs of a protection update that its event keeps; the first ones.
 _EVENT_RUNS = 256
@@ -90,7 +92,8 @@ class Board:
 
     `design` is how the guest may protect itself. `msrs` are VTL0's; `upper_msrs` are VTL1's where that is guest code,
     else None. `serving` is held while an exit is served: the vCPUs' threads change the rest of this one at a time.
-    `over`: VTL1 stood down, no exit is served now.
+    `over`: VTL1 stood down, no exit is served now. `tracer`: None where nothing is traced.
+    `exits` counts those that were served, by reason.
     """
 
     vm: str
@@ -112,6 +115,8 @@ class Board:
     serving: threading.RLock = field(default_factory=threading.RLock)
     over: bool = False
     ledger: Ledger = field(default_factory=Ledger)
+    tracer: SwitchTracer | None = None
+    exits: dict[str, int] = field(default_factory=Counter)
 
     @property
     def guest_code(self) -> bool:

@@ -55,7 +55,7 @@ class Readers:
         """Within the block it is woken."""
         with self._lock:
             self._readers.append(reader)
-            self._count()
+            self._look()
             if self._closed:
                 reader.wake.set()
             elif self._thread is None:
@@ -66,9 +66,14 @@ class Readers:
         finally:
             with self._lock:
                 self._readers.remove(reader)
-                self._count()
+                self._look()
 
-    def _count(self) -> None:
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._readers)
+
+    def _look(self) -> None:
         self._wanted = frozenset[int]().union(*(one.kinds for one in self._readers))
 
     def close(self) -> None:

@@ -108,7 +108,11 @@ class _Ring:
 
 
 class EventLog:
-    """Events of one machine. Thread-safe."""
+    """Events of one machine. Thread-safe.
+
+    Attributes:
+        missed: how many events readers were told that they missed.
+    """
 
     def __init__(
         self,
@@ -134,6 +138,7 @@ class EventLog:
         self._rings = {kind: _Ring(capacity, weight) for kind in _FIELDS}
         self._readers = Readers(f"events-{vm}", self._lock)
         self._closed = False
+        self.missed = 0
         if kept is not None:
             self._restore(kept)
 
@@ -214,6 +219,16 @@ class EventLog:
             self._rings[kind].append(record)
             self._readers.news(kind)
 
+    def counts(self) -> dict[int, tuple[int, int]]:
+        """By kind: how many events there were, and how many of them are not kept any more."""
+        with self._lock:
+            return {kind: (ring.first + len(ring.entries), ring.first) for kind, ring in self._rings.items()}
+
+    @property
+    def readers(self) -> int:
+        """Who watches now."""
+        return self._readers.count
+
     def dropped(self, kind: int) -> tuple[int, int]:
         """How many events of a kind are not kept any more, and the number of the last of them. For publishing()."""
         ring = self._rings[kind]
@@ -248,6 +263,7 @@ class EventLog:
                 reader.wake.clear()
                 batch, lost, closed, more = self._take(positions)
                 if lost:
+                    self.missed += lost
                     before = batch[0][1][0] - 1 if batch else 0
                     event = self._event(before, vmm_pb2.EVENT_KIND_LOST, lost=EventsLost(count=lost))
                     yield [event.SerializeToString(), *self._serialized(batch)]

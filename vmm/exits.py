@@ -64,6 +64,7 @@ def _serve(board: Board, processor: Processor, exit_: Exit) -> Answer:
     handler = _TABLE.get(kind or "")
     if kind is None or handler is None:
         raise GuestMisbehaved(f"VTL{vtl} of {board.vm}", f"exits with {kind or 'nothing'}")
+    board.exits[kind] += 1
     if board.design.has_state:
         board.ledger.touch()
     if kind not in _QUIET:
@@ -216,3 +217,6 @@ _TABLE: dict[str, Callable[[Board, Processor, Exit], Answer]] = {
     "failure": _failure,
     "vtl_return": _vtl_return,
 }
+
+REASONS = tuple(_TABLE)
+"""Kinds of exits that are served."""

@@ -32,7 +32,11 @@ _SCHEMA = """
 
 
 class Journal:
-    """One file. Thread-safe."""
+    """One file. Thread-safe.
+
+    Attributes:
+        transactions: written by this object.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens or makes it.
@@ -41,6 +45,7 @@ class Journal:
             InternalError: it is damaged or from another version; nothing in it was changed.
         """
         self._path = path
+        self.transactions = 0
         self._lock = threading.RLock()
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -103,6 +108,7 @@ class Journal:
         Raises:
             InternalError: it cannot be written; nothing was.
         """
+        self.transactions += 1
         with self._transaction() as database:
             if forget:
                 database.execute("DELETE FROM records WHERE vm = ? AND name GLOB ?", (vm, f"{forget}*"))
@@ -158,6 +164,11 @@ class Journal:
                 first = self.next_event()
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('event numbers', ?)", (first + BLOCK,))
             yield from range(first, first + BLOCK)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, without its write-ahead log."""
+        return self._path.stat().st_size
 
     def close(self) -> None:
         with self._lock:

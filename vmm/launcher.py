@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -77,6 +77,9 @@ def launch(
     timeout: float = 180.0,
     budget: Budget = DEFAULT_BUDGET,
     between: Callable[[Role, str], str] = lambda _role, address: address,
+    log_format: str = "text",
+    metrics: Sequence[str] = ("", ""),
+    traces: str = "",
 ) -> Iterator[LocalLab]:
     """Starts guest, monitor and VMM, and connects to them as operator.
 
@@ -87,6 +90,9 @@ def launch(
         timeout: seconds for all three to answer, and for one that is restarted.
         budget: how often a process may die.
         between: gives the address at which the VMM reaches a level that is served at another, for a relay in between.
+        log_format: "text" or "json" (vtlab.logs).
+        metrics: where VMM and monitor answer Prometheus, "HOST:PORT" each; "" for nowhere (vtlab.metrics).
+        traces: folder or http address for spans of VTL switches; "" for nowhere (vtlab.traces).
 
     Raises:
         VtlabError: as the process that could not start reports it, or TimedOut.
@@ -99,6 +105,10 @@ def launch(
             spares = Spares(lambda: list(SERVERS.values()))
             stack.callback(spares.close)
             configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
+            for role, address in zip((Role.VMM, Role.MONITOR), metrics, strict=True):
+                configs[role] = replace(configs[role], metrics=address)
+            for role in SERVERS:
+                configs[role] = replace(configs[role], log_format=log_format, traces=traces)
             vmm = configs[Role.VMM]
             guest, monitor = between(Role.GUEST, vmm.guest), between(Role.MONITOR, vmm.monitor)
             configs[Role.VMM] = replace(vmm, guest=guest, monitor=monitor)
@@ -121,7 +131,9 @@ def launch(
             supervisor = Supervisor(processes, start, await_ready, budget)
             stack.callback(supervisor.close)
             spares.prepare(AFTER_START)
-            yield stack.enter_context(LocalLab(addresses, folder, supervisor))
+            lab = stack.enter_context(LocalLab(addresses, folder, supervisor))
+            stack.callback(lab.destroy_machines)  # a VMM that merely ends leaves them to the next one
+            yield lab
 
 
 def _configs(

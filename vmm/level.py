@@ -14,8 +14,30 @@ class LevelLost(PeerUnavailable):
     """A level was started anew and holds nothing of the machine any more. It can only be reset."""
 
 
+class Recoveries:
+    """How often a level went away and came back. One writer at a time.
+
+    Attributes:
+        seconds: that it took, all together.
+        longest: of them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = self.longest = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.seconds += seconds
+        self.longest = max(self.longest, seconds)
+
+
 class Level(Protocol):
     """The vCPUs of one level: each is entered and exits."""
+
+    @property
+    def recoveries(self) -> Recoveries:
+        """Since this VMM serves it."""
 
     @property
     def name(self) -> str:

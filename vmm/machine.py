@@ -22,6 +22,7 @@ from vmm.devices.disk import Disk, DiskController
 from vmm.devices.fw_cfg import FwCfg
 from vmm.devices.testdev import TestDevice
 from vmm.events import EventLog
+from vmm.exits import REASONS
 from vmm.gate import Gate
 from vmm.guarding import finish
 from vmm.hyperv_msrs import SyntheticMsrs
@@ -32,7 +33,8 @@ from vmm.memory import Memory
 from vmm.past import Past
 from vmm.processor import Processor
 from vmm.run_loop import run
-from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after
+from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after, state_name
+from vmm.tracing import SwitchTracer
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
 from vtlab.errors import BadImage, NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
@@ -56,6 +58,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds for a level to let go when the machine stops, before its streams are cut.
 _STOP_PATIENCE = 5.0
+# Seconds that a vCPU may take to come out, or VTL1 to answer, when the VMM ends.
+_DRAIN_PATIENCE = 3.0
 # What a reset, a failure or the end of a vCPU is, by the state that the vCPU's thread asks for.
 _FROM_INSIDE = {RUNNING: Operation.GUEST_RESETS, STOPPED: Operation.GUEST_ENDS, FAILED: Operation.BREAK}
 
@@ -67,6 +71,7 @@ class Machine:
         vm: its name.
         spec: as it was created.
         events: what happened to it.
+        exits: that this VMM has served, by reason.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Machine:
         events: EventLog,
         ledger: Ledger | None = None,
         state: Path | None = None,
+        tracer: SwitchTracer | None = None,
     ) -> None:
         """Creates it in `directory`, which must not exist, and has both levels attach; nothing is left if that fails.
 
@@ -87,13 +93,14 @@ class Machine:
             monitor: None where the machine has no VTL1.
             ledger: where it is written down; None for nowhere.
             state: folder with the stores of memory files (vtlab.ram.Store); None keeps them in `directory`.
+            tracer: of its VTL switches; None for none.
 
         Raises:
             NotFound: an image was not uploaded.
             BadImage: VTL0 cannot load it.
             PeerUnavailable: a level is not there.
         """
-        self._set_up(vm, spec, directory, guest, monitor, events, ledger or Ledger())
+        self._set_up(vm, spec, directory, guest, monitor, events, ledger or Ledger(), tracer)
         directory.mkdir(parents=True)
         try:
             # VTL1 is the folder's group and VTL0 among the others where they have uids of their own (vtlab.ram.MODES).
@@ -116,7 +123,14 @@ class Machine:
 
     @classmethod
     def revived(
-        cls, past: Past, directory: Path, guest: Level, monitor: Level | None, events: EventLog, ledger: Ledger
+        cls,
+        past: Past,
+        directory: Path,
+        guest: Level,
+        monitor: Level | None,
+        events: EventLog,
+        ledger: Ledger,
+        tracer: SwitchTracer | None = None,
     ) -> Machine:
         """The machine of a VMM that died: it goes on where it was, or is reset if a level has lost it.
 
@@ -126,7 +140,7 @@ class Machine:
         """
         self = cls.__new__(cls)
         known = past.machine.machine
-        self._set_up(known.vm, known.spec, directory, guest, monitor, events, ledger)
+        self._set_up(known.vm, known.spec, directory, guest, monitor, events, ledger, tracer)
         self._state, self._reason, self._generation = known.state, known.reason, known.generation
         self._debug_exit = known.debug_exit if known.HasField("debug_exit") else None
         self._image = past.machine.image
@@ -146,7 +160,10 @@ class Machine:
         monitor: Level | None,
         events: EventLog,
         ledger: Ledger,
+        tracer: SwitchTracer | None,
     ) -> None:
+        self._tracer = tracer
+        self.exits = dict.fromkeys(REASONS, 0)
         self.vm = vm
         self.spec = spec
         self.events = events
@@ -193,7 +210,7 @@ class Machine:
 
     def _reconnect(self, board: Board) -> None:
         """Learns from the levels where each vCPU stands. Raises LevelLost, PeerUnavailable."""
-        stands = {level.vtl: level.reconnect(self._attach_request(level, self._image)) for level in self._levels()}
+        stands = {level.vtl: level.reconnect(self._attach_request(level, self._image)) for level in self.levels()}
         for processor in board.processors:
             upper = stands[VTL1][processor.index] if VTL1 in stands else None
             processor.reconnect(stands[VTL0][processor.index], upper)
@@ -216,6 +233,20 @@ class Machine:
             debug_exit=self._debug_exit,
             reason=self._reason,
         )
+
+    @property
+    def enters(self) -> list[tuple[int, int]]:
+        """For each vCPU, how often VTL0 and VTL1 were entered since the last RESET."""
+        return [processor.enters for processor in self._board.processors]
+
+    @property
+    def pages(self) -> tuple[int, int, int]:
+        """Pages in ram.rw, ram.ro and private."""
+        return self._memory.counts
+
+    def levels(self) -> list[Level]:
+        """Who serves it; VTL1 first: it must be there, with the image, before VTL0 can run."""
+        return [level for level in (self._monitor, self._guest) if level is not None]
 
     @contextmanager
     def doing(self, operation: Operation, *, parked: bool = False) -> Iterator[Board]:
@@ -300,6 +331,34 @@ class Machine:
             self._ledger.forget()
             self._forget()
 
+    def drain(self) -> None:
+        """The VMM ends and another will go on: every vCPU stops between two exits, and all is written down.
+
+        The levels keep the machine. Within _DRAIN_PATIENCE seconds; what is in progress then is done again by the next.
+        """
+        if not self._control.acquire(timeout=_DRAIN_PATIENCE):
+            _log.warning("machine %s: a command is still in progress, and is given up", self.vm, extra={"vm": self.vm})
+            return
+        try:
+            if self._destroyed:
+                return
+            board = self._board
+            try:
+                board.gate.park(_DRAIN_PATIENCE)
+            except TimedOut as error:
+                _log.warning("machine %s: %s; its exit is served again", self.vm, error, extra={"vm": self.vm})
+            with board.serving:
+                board.commit()
+            for level in self.levels():
+                level.close()
+            self._stop_threads()
+            self._memory.close()
+            self.events.close()
+            self._destroyed = True  # as far as this process goes
+            _log.info("machine %s is written down at an exit", self.vm, extra={"vm": self.vm})
+        finally:
+            self._control.release()
+
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _after(self, operation: Operation) -> MachineState.ValueType:
@@ -335,6 +394,8 @@ class Machine:
         self._state, self._reason, self._debug_exit = state, reason, debug_exit
         self.events.record(vmm_pb2.EVENT_KIND_STATE, self.describe())
         self._write_down()
+        told = f"{state_name(state)}, generation {self._generation}" + (f": {reason}" if reason else "")
+        _log.info("machine %s is %s", self.vm, told, extra={"vm": self.vm})
 
     def _write_down(self, *, renewing: bool = False) -> None:
         record = MachineRecord(machine=self.describe(), image=self._image, renewing=renewing)
@@ -342,12 +403,12 @@ class Machine:
             self._ledger.commit(self._board, machine=record)
 
     def _break(self, reason: str) -> None:
-        _log.error("machine %s: %s", self.vm, reason)
+        _log.error("machine %s: %s", self.vm, reason, extra={"vm": self.vm})
         self._stop_threads()
         try:
             self._enter_state(FAILED, reason)
         except VtlabError as error:
-            _log.error("machine %s: %s", self.vm, error)
+            _log.error("machine %s: %s", self.vm, error, extra={"vm": self.vm})
 
     def _drive(self, board: Board, processor: Processor) -> None:
         """A vCPU's thread."""
@@ -438,6 +499,8 @@ class Machine:
             upper_msrs=SyntheticMsrs(self._memory, vtl=VTL1) if self._guest_code else None,
             disk=self._disk,
             ledger=self._ledger,
+            tracer=self._tracer,
+            exits=self.exits,
         )
         if self._disk is not None:
             board.ports.add(DiskController(self._disk, self._memory, self._log_device, self._design.device_rights))
@@ -479,8 +542,8 @@ class Machine:
         try:
             self._board.gate.close(_STOP_PATIENCE)
         except TimedOut as error:
-            _log.warning("machine %s: %s", self.vm, error)
-            for level in self._levels():
+            _log.warning("machine %s: %s", self.vm, error, extra={"vm": self.vm})
+            for level in self.levels():
                 level.hang_up()
         for thread in threads:
             thread.join(_STOP_PATIENCE)
@@ -514,13 +577,9 @@ class Machine:
         path.chmod(0o644)
         return BootImage(path=path.name, sha256=stand_down.image_sha256, format=vcpu_pb2.IMAGE_FORMAT_DETECT)
 
-    def _levels(self) -> list[Level]:
-        """VTL1 first: it must be there, with the image, before VTL0 can run."""
-        return [level for level in (self._monitor, self._guest) if level is not None]
-
     def _attach(self, image: BootImage, start: ProcessorState | None = None) -> None:
         reference: ReferenceClock | None = None
-        for level in self._levels():
+        for level in self.levels():
             response = level.attach(self._attach_request(level, image, reference, start))
             if response is not None and response.HasField("reference"):
                 reference = response.reference
@@ -557,7 +616,7 @@ class Machine:
 
     def _detach(self, *, reset: bool = False) -> None:
         """VTL1 wipes its secrets first. A level that is gone or knows nothing of the machine has forgotten it."""
-        for level in self._levels():
+        for level in self.levels():
             try:
                 level.detach(self.vm, reset=reset)
             except VtlabError as error:
@@ -565,7 +624,7 @@ class Machine:
 
     def _forget(self) -> None:
         self._detach()
-        for level in self._levels():
+        for level in self.levels():
             level.close()
         memory = getattr(self, "_memory", None)
         if memory is not None:

@@ -20,6 +20,7 @@ from vmm.ledger import Ledger
 from vmm.level import Level
 from vmm.machine import Machine
 from vmm.past import Past
+from vmm.tracing import SwitchTracer
 from vtlab.errors import AlreadyExists, BadArgument, LimitExceeded, NotFound, VtlabError
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.ram import MACHINES, PAGE_SIZE, create_stores, remove_machine
@@ -53,8 +54,9 @@ class Dial(Protocol):
 class Machines:
     """All machines of a VMM: one, since a guest process and a monitor serve one at a time. Thread-safe."""
 
-    def __init__(self, directory: Path, dial: Dial, journal: Journal) -> None:
-        """:param directory: holds the images and one folder a machine."""
+    def __init__(self, directory: Path, dial: Dial, journal: Journal, tracer: SwitchTracer | None = None) -> None:
+        """:param directory: holds the images and one folder a machine; `tracer` is of their VTL switches."""
+        self._tracer = tracer
         self.images = ImageStore(directory / "images")
         create_stores(directory)
         self._state = directory
@@ -72,7 +74,7 @@ class Machines:
             try:
                 self._revive(vm)
             except (VtlabError, OSError, ValueError) as error:
-                _log.error("machine %s cannot be revived and is forgotten: %s", vm, error)
+                _log.error("machine %s cannot be revived and is forgotten: %s", vm, error, extra={"vm": vm})
                 self._journal.forget(vm)
 
     def _revive(self, vm: str) -> None:
@@ -81,7 +83,7 @@ class Machines:
         monitor = self._dial(1, present=False) if past.machine.machine.spec.vtl1 else None
         ledger = Ledger(self._journal, vm)
         events = EventLog(vm, self._numbers, on_staged=ledger.touch, kept=past.events)
-        self._machines[vm] = Machine.revived(past, self._directory / vm, guest, monitor, events, ledger)
+        self._machines[vm] = Machine.revived(past, self._directory / vm, guest, monitor, events, ledger, self._tracer)
 
     def create(self, vm: str, spec: MachineSpec) -> Machine:
         """Raises AlreadyExists, BadArgument, LimitExceeded, and what Machine() raises."""
@@ -102,7 +104,9 @@ class Machines:
             # A machine whose runs repeat is there to be looked at: its readers may lag behind further.
             capacity, weight = (LARGE_CAPACITY, LARGE_WEIGHT) if spec.deterministic else (CAPACITY, WEIGHT)
             events = EventLog(vm, self._numbers, capacity, weight, on_staged=ledger.touch)
-            machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger, self._state)
+            machine = Machine(
+                vm, spec, folder, self.images, guest, monitor, events, ledger, self._state, self._tracer
+            )
             with self._lock:
                 self._machines[vm] = machine
         finally:
@@ -135,6 +139,14 @@ class Machines:
         self.get(vm).destroy()
         with self._lock:
             self._machines.pop(vm, None)
+
+    def drain(self) -> None:
+        """Stops all machines where they can go on, for the VMM that takes this one's place."""
+        threads = [threading.Thread(target=machine.drain, name=f"{machine.vm}-drain") for machine in self.all()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def close(self) -> None:
         """Destroys all machines: nothing of them outlives the VMM."""

@@ -137,6 +137,11 @@ class Memory:
         self.wipe()
         return self
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Pages by store."""
+        return self._store.count(WRITABLE), self._store.count(SEALED), self._store.count(PRIVATE)
+
     def _map(self, directory: Path, size: int, on_code_written: Callable[[list[int]], None]) -> None:
         self.size = size
         self.pages = size // PAGE_SIZE

@@ -18,7 +18,7 @@ import tenacity
 from google.protobuf.message import DecodeError
 
 from vmm.driven import DrivenStream
-from vmm.level import LevelLost
+from vmm.level import LevelLost, Recoveries
 from vtlab import vcpu_rpc
 from vtlab.errors import Cancelled, GuestMisbehaved, NotFound, PeerUnavailable, VtlabError
 from vtlab.run_messages import framed
@@ -74,6 +74,7 @@ class RemoteLevel:
     Attributes:
         name: role and address, for errors.
         vtl: 0 or 1.
+        recoveries: from breaks of its streams.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class RemoteLevel:
         self._lock = threading.Lock()
         self._hang_ups = 0
         self._closed = False
+        self.recoveries = Recoveries()
         self._runs_code = False
         self._listening: Callable[[], object] | None = None
         if patience is not None:
@@ -289,7 +291,10 @@ class RemoteLevel:
         failure = self._translate(first, vp_index)
         if not isinstance(failure, PeerUnavailable) or self._late(vp_index):
             raise failure from None
-        return self._attempts(lambda: self._once(vp_index, request), lambda: self._late(vp_index))
+        broken = time.monotonic()
+        data = self._attempts(lambda: self._once(vp_index, request), lambda: self._late(vp_index))
+        self.recoveries.add(time.monotonic() - broken)
+        return data
 
     def _once(self, vp_index: int, request: bytes) -> bytes:
         if self._machine is not None:

@@ -135,6 +135,11 @@ class Processor:
             return list(self._waiting_for(vtl))
 
     @property
+    def enters(self) -> tuple[int, int]:
+        """How often VTL0 and VTL1 were entered."""
+        return self.resumed, self._monitor_sequence
+
+    @property
     def waiting(self) -> int:
         """Updates that wait for the next enter of VTL0."""
         return len(self._pending)

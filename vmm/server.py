@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import grpc
 
 from vmm.journal import Journal
 from vmm.machines import Machines
+from vmm.metrics import collector
 from vmm.peers import RemoteLevel
 from vmm.service import VmmService, add_to_server
+from vmm.tracing import SwitchTracer
+from vtlab import logs
 from vtlab.channels import ServerConfig, channel_to, dial, serve
 from vtlab.errors import Unsupported
+from vtlab.metrics import open_endpoint
+from vtlab.traces import open_spans
 from vtlab.trust.certificates import Credentials, load_credentials
 from vtlab.trust.roles import Role
 
@@ -47,16 +51,22 @@ class Levels:
 
 
 def main(config: ServerConfig) -> None:
-    """Serves until SIGTERM; then every machine is destroyed."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Serves until SIGTERM; then every machine is stopped between two exits and left for the next VMM."""
+    logs.configure(config.role, config.log_format)  # a machine may be revived before anything is served
     levels = Levels(config)
     journal = Journal(config.state / "journal.sqlite")
-    machines = Machines(config.state, levels, journal)
+    spans = open_spans(config.traces, config.role)
+    machines = Machines(config.state, levels, journal, SwitchTracer(spans) if spans else None)
     machines.revive()
     server = serve(config, partial(add_to_server, VmmService(machines)))
+    endpoint = open_endpoint(config.metrics, collector(machines.all, journal), config.allow_any_address)
     try:
         server.wait()
     finally:
-        machines.close()
+        if endpoint is not None:
+            endpoint.close()
+        machines.drain()
         levels.close()
         journal.close()
+        if spans is not None:
+            spans.close()

@@ -94,6 +94,7 @@ class Supervisor:
         self._deaths: dict[Role, deque[float]] = {role: deque(maxlen=budget.deaths) for role in processes}
         self._changed = threading.Condition()
         self._restarts = dict.fromkeys(processes, 0)
+        self._away = dict.fromkeys(processes, 0.0)
         self._closing = False
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -102,6 +103,10 @@ class Supervisor:
     def restarts(self, role: Role) -> int:
         """How often a process of that role is back after a death."""
         return self._restarts[role]
+
+    def away(self, role: Role) -> float:
+        """Seconds from deaths of a process of that role until it answered again, all together."""
+        return self._away[role]
 
     def wait_restarted(self, role: Role, count: int, timeout: float) -> bool:
         """Waits until restarts(role) is at least `count`, or the laboratory is over. False if neither came in time."""
@@ -176,6 +181,7 @@ class Supervisor:
             dead.ready.close()
             with self._changed:
                 self._restarts[role] += 1
+                self._away[role] += time.monotonic() - now
                 self._changed.notify_all()
             os.write(self._waker, b"x")
 

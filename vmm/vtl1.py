@@ -34,6 +34,8 @@ def enter_vtl1(board: Board, processor: Processor, enter: Enter, cause: Exit | N
     """
     if cause is not None:
         enter.cause, enter.cause_vp_index = cause.sequence, cause.vp_index
+    if board.tracer is not None:
+        enter.trace = board.tracer.context(board, processor)
     return _until_return(board, processor, processor.run_monitor(enter), enter)
 
 
@@ -48,9 +50,11 @@ def _until_return(board: Board, processor: Processor, exit_: Exit, enter: Enter)
         serve = _ASKED.get(kind or "")
         if serve is None:
             raise GuestMisbehaved(f"VTL1 of {board.vm}", f"exits with {kind or 'nothing'}")
-        cause, vp_index = enter.cause, enter.cause_vp_index
+        cause, vp_index, trace = enter.cause, enter.cause_vp_index, enter.trace
         enter = serve(board, processor, exit_)
         enter.reason, enter.cause, enter.cause_vp_index = vcpu_pb2.ENTER_REASON_RESUME, cause, vp_index
+        if trace:
+            enter.trace = trace
         exit_ = processor.run_monitor(enter)
 
 

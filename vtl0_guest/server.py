@@ -10,7 +10,6 @@ from pathlib import Path
 from vtl0_guest.cpu.core import Core
 from vtl0_guest.cpu.devices.platform import build_platform
 from vtl0_guest.cpu.devices.virtual_clock import VirtualClock
-from vtl0_guest.cpu.processor import Processor
 from vtl0_guest.images import read_file
 from vtl0_guest.loaders import load
 from vtl0_guest.service import VcpuService
@@ -20,7 +19,10 @@ from vtlab.channels import ServerConfig, serve
 from vtlab.errors import BadArgument
 from vtlab.process import switch_threads_soon
 from vtlab.ram import TURN_FILE, Ram, RamFile
+from vtlab.traced import OutsideProcessor
+from vtlab.traces import Spans, open_spans
 from vtlab.v1 import registers_pb2, vcpu_pb2
+from vtlab.vcpu import Processor
 
 _VTL = 0
 _PARTY = "vtl0"
@@ -33,7 +35,7 @@ class CoreLevel:
         processors: of the core, by VP index.
     """
 
-    def __init__(self, request: vcpu_pb2.AttachRequest) -> None:
+    def __init__(self, request: vcpu_pb2.AttachRequest, spans: Spans | None = None) -> None:
         """Boots the image of the request, or what is in memory already (AttachRequest.start).
 
         Raises:
@@ -59,8 +61,11 @@ class CoreLevel:
                 clock = request.reference
                 self._core.reference.adopt(clock.scale, clock.offset, clock.tsc_hz)
             undo.pop_all()
-        self.processors: Sequence[Processor] = [self._core.processor(index) for index in range(request.vp_count)]
-        self.processors[0].load_state(state)
+        processors = [self._core.processor(index) for index in range(request.vp_count)]
+        processors[0].load_state(state)
+        self.processors: Sequence[Processor] = processors
+        if spans is not None:
+            self.processors = [OutsideProcessor(one, spans) for one in self.processors]
 
     def watch(self, woken: Callable[[int], None]) -> None:
         """Tells both the core and `woken`."""
@@ -96,9 +101,12 @@ def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_
 def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
     switch_threads_soon()
-    guest = Guest(CoreLevel)
+    spans = open_spans(config.traces, config.role)
+    guest = Guest(partial(CoreLevel, spans=spans))
     server = serve(config, partial(vcpu_rpc.add_to_server, VcpuService(guest)))
     try:
         server.wait(grace=0.2)
     finally:
         guest.close()
+        if spans is not None:
+            spans.close()

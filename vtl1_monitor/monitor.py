@@ -29,7 +29,7 @@ from vtl1_monitor.tickets import Tickets
 from vtlab.attestation import NONCE_SIZES
 from vtlab.errors import BadArgument, BadImage, Conflict, NotFound, Unsupported, VtlabError, WrongState
 from vtlab.ram import TURN_FILE, Ram, RamFile
-from vtlab.session import Session
+from vtlab.session import Execute, Session
 from vtlab.v1 import monitor_pb2, registers_pb2, vcpu_pb2
 from vtlab.vcpu import Wakes
 
@@ -46,15 +46,21 @@ class Monitor:
     """Guards one machine at a time, like any process that serves one level."""
 
     def __init__(
-        self, rules: Iterable[CodeRule] = (), store: SealedStore | None = None, quoter: Quoter | None = None
+        self,
+        rules: Iterable[CodeRule] = (),
+        store: SealedStore | None = None,
+        quoter: Quoter | None = None,
+        around: Callable[[Execute], Execute] = lambda execute: execute,
     ) -> None:
         """Args:
         store: what a monitor that takes this one's place goes on with; None: nothing outlives it.
         quoter: signs what is asked for; None: nothing is signed.
+        around: is put around what serves enters, to trace it.
         """
         self._rules = tuple(rules)
         self._store = store
         self._quoter = quoter
+        self._around = around
         self._keeper = Keeper(store) if store is not None else None
         self._loss = ""
         self._lock = threading.Lock()
@@ -100,7 +106,9 @@ class Monitor:
     def _serve(self, machine: Machine) -> list[PolicyProcessor]:
         count = len(machine.processors)
         processors = [PolicyProcessor(machine, index, self._keep) for index in range(count)]
-        self._sessions = [Session(f"vCPU {index} of VTL1", one.run) for index, one in enumerate(processors)]
+        self._sessions = [
+            Session(f"vCPU {index} of VTL1", self._around(one.run)) for index, one in enumerate(processors)
+        ]
         return processors
 
     def _keep(self, vp_index: int, enter: vcpu_pb2.Enter, exit_: vcpu_pb2.Exit) -> None:
@@ -257,6 +265,16 @@ class Monitor:
         return sessions[vp_index]
 
     # ------------------------------------------------------------------------------------- for operators
+
+    @property
+    def machine(self) -> Machine | None:
+        """The one that it guards."""
+        return self._machine
+
+    @property
+    def seals(self) -> int:
+        """See SealedStore.counter; 0 without a store."""
+        return self._store.counter if self._store is not None else 0
 
     def policy(self, vm: str) -> monitor_pb2.PolicyStatus:
         """Raises NotFound."""

@@ -5,20 +5,26 @@ from __future__ import annotations
 import grpc
 
 from vtl1_monitor.api import load_rules
+from vtl1_monitor.metrics import collector
 from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.quotes import load_quoter
 from vtl1_monitor.sealed import SealedStore
 from vtl1_monitor.service import MonitorService, VcpuService
 from vtlab import vcpu_rpc
 from vtlab.channels import ServerConfig, serve
+from vtlab.metrics import open_endpoint
 from vtlab.process import switch_threads_soon
+from vtlab.traced import answering
+from vtlab.traces import open_spans
 from vtlab.v1 import monitor_pb2_grpc
 
 
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
     switch_threads_soon()
-    monitor = Monitor(load_rules(config.rules), SealedStore(config.state), load_quoter(config.trust))
+    spans = open_spans(config.traces, config.role)
+    around = (lambda execute: answering(execute, spans)) if spans is not None else (lambda execute: execute)
+    monitor = Monitor(load_rules(config.rules), SealedStore(config.state), load_quoter(config.trust), around)
     monitor.restore()
 
     def register(server: grpc.Server) -> None:
@@ -26,7 +32,12 @@ def main(config: ServerConfig) -> None:
         monitor_pb2_grpc.add_MonitorServiceServicer_to_server(MonitorService(monitor), server)
 
     server = serve(config, register)
+    endpoint = open_endpoint(config.metrics, collector(monitor), config.allow_any_address)
     try:
         server.wait()
     finally:
+        if endpoint is not None:
+            endpoint.close()
         monitor.close()
+        if spans is not None:
+            spans.close()

@@ -36,6 +36,7 @@ class VerdictLog:
         self._ring: deque[_Row] = deque(maxlen=capacity)
         self._count = 0
         self._closed = False
+        self._counts: dict[tuple[str, int], int] = {}
         self._changed = threading.Condition()
 
     def record(self, exit_: vcpu_pb2.Exit, resolution: vcpu_pb2.Resolution, rule: str) -> None:
@@ -44,6 +45,8 @@ class VerdictLog:
         with self._changed:
             self._ring.append(row)
             self._count += 1
+            kind = rule, resolution.action
+            self._counts[kind] = self._counts.get(kind, 0) + 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -51,6 +54,11 @@ class VerdictLog:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def counts(self) -> dict[tuple[str, int], int]:
+        """How many verdicts there were, by rule and action."""
+        with self._changed:
+            return dict(self._counts)
 
     def kept(self) -> list[monitor_pb2.WatchVerdictsResponse]:
         """What the ring holds, oldest first."""

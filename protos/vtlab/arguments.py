@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vtlab.channels import ServerConfig
 from vtlab.errors import VtlabError
+from vtlab.logs import LogFormat
 from vtlab.trust.roles import Role
 
 
@@ -22,6 +23,10 @@ def server_config(role: Role | str, arguments: Sequence[str] | None = None) -> S
     parser.add_argument("--any-address", action="store_true", help="permit listening beyond loopback")
     if role is not Role.VMM:
         parser.add_argument("--memory", type=Path, required=True, help="the VMM's state folder, for memory files")
+    parser.add_argument("--log-format", choices=[*LogFormat], default=LogFormat.TEXT, help="of the log on stderr")
+    if role is not Role.GUEST:  # whoever breaks out of the emulator would be the one who answers
+        parser.add_argument("--metrics", default="", metavar="HOST:PORT", help="answer Prometheus there")
+    parser.add_argument("--traces", default="", metavar="WHERE", help="trace VTL switches to a file or an http address")
     if role is Role.VMM:
         parser.add_argument("--guest", required=True, metavar="ADDRESS", help="where VTL0 is served")
         parser.add_argument("--monitor", required=True, metavar="ADDRESS", help="where VTL1 is served")
@@ -35,6 +40,9 @@ def server_config(role: Role | str, arguments: Sequence[str] | None = None) -> S
         monitor=getattr(given, "monitor", ""),
         allow_any_address=given.any_address,
         memory=getattr(given, "memory", given.state),
+        log_format=given.log_format,
+        metrics=getattr(given, "metrics", ""),
+        traces=given.traces,
     )
 
 

@@ -20,7 +20,9 @@ import grpc
 import tenacity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from vtlab import logs
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
+from vtlab.logs import LogFormat
 from vtlab.process import spare_collections, termination
 from vtlab.status import from_rpc_error
 from vtlab.trust.certificates import load_credentials, own_part, server_name
@@ -70,6 +72,9 @@ class ServerConfig:
         guest, monitor: for the VMM, where the two levels are served.
         rules: for the monitor, rules in Python that the launcher shipped.
         allow_any_address: permits listening beyond loopback, for a network of containers only.
+        log_format: of what it logs, see vtlab.logs.
+        metrics: HOST:PORT for Prometheus, "" for none; see vtlab.metrics.
+        traces: where spans of VTL switches go, "" for nowhere; see vtlab.traces.
         workers: calls served at once, streams included; more are refused with RESOURCE_EXHAUSTED.
     """
 
@@ -82,6 +87,9 @@ class ServerConfig:
     monitor: str = ""
     rules: Any = None
     allow_any_address: bool = False
+    log_format: str = LogFormat.TEXT.value
+    metrics: str = ""
+    traces: str = ""
     workers: int = 128
     memory: Path = Path("/nonexistent")
 
@@ -94,8 +102,14 @@ class BoundServer:
     """
 
     def __init__(
-        self, server: grpc.Server, gate: Gate, health_servicer: health.HealthServicer, addresses: tuple[str, ...]
+        self,
+        role: Role,
+        server: grpc.Server,
+        gate: Gate,
+        health_servicer: health.HealthServicer,
+        addresses: tuple[str, ...],
     ) -> None:
+        self._role = role
         self._server = server
         self._gate = gate
         self._health = health_servicer
@@ -113,7 +127,8 @@ class BoundServer:
         self.stop(grace)
 
     def stop(self, grace: float = 1.0) -> None:
-        """Takes no new calls, gives those in progress `grace` seconds, and ends."""
+        """Says that it is not serving, takes no new calls, gives those in progress `grace` seconds, and ends."""
+        _log.info("%s drains", self._role)
         self._stopped.set()
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
@@ -167,6 +182,7 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
         BadArgument: an address is malformed, taken, or not on loopback.
         PeerUnavailable: no credentials in the trust folder.
     """
+    logs.configure(config.role, config.log_format)
     for address in config.listen:
         check_address(address, config.allow_any_address)
     role = Role(config.role)
@@ -195,7 +211,7 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
     spare_collections()
     if config.ready is not None:
         config.ready.send(addresses)
-    return BoundServer(server, gate, health_servicer, addresses)
+    return BoundServer(role, server, gate, health_servicer, addresses)
 
 
 class _Certificates:

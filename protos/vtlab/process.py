@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 _main_swap = threading.Lock()
 
 
@@ -80,12 +82,28 @@ def switch_threads_soon() -> None:
     sys.setswitchinterval(0.0002)
 
 
-def termination() -> threading.Event:
-    """An event that SIGTERM sets, and SIGINT too unless it is ignored. To be called in the main thread."""
+# Seconds from the first SIGTERM to the end of the process, whatever it waits for; below the 10 that Docker gives.
+DRAIN = 8.0
+
+
+def termination(bound: float = DRAIN) -> threading.Event:
+    """An event that SIGTERM sets, and SIGINT too unless it is ignored. To be called in the main thread.
+
+    A second signal ends the process at once, and so does the bound: all that must last is written before each reply.
+    """
     event = threading.Event()
 
-    def on_signal(_number: int, _frame: object) -> None:
+    def late() -> None:
+        _log.error("still draining after %g s: ended", bound)
+        os._exit(1)
+
+    def on_signal(number: int, _frame: object) -> None:
+        if event.is_set():
+            os._exit(128 + number)
         event.set()
+        timer = threading.Timer(bound, late)
+        timer.daemon = True
+        timer.start()
 
     signal.signal(signal.SIGTERM, on_signal)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

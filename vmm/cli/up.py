@@ -6,17 +6,26 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmm.cli import laboratory, options
 from vmm.cli.output import print_json, progress
+from vmm.supervision import collector
+from vtlab.logs import LogFormat
+from vtlab.metrics import Endpoint
 
 if TYPE_CHECKING:
     from vmm.launcher import LocalLab
 
 _Listen = "Where clients reach the {}: unix:/PATH or 127.0.0.1:PORT, port 0 for any [a private Unix socket]."
+
+
+_HOST = "127.0.0.1"
+_METRICS = "Answer Prometheus on loopback: the VMM at PORT, the monitor at PORT + 1, this process at PORT + 2; 0: any."
+_TRACES = "Trace VTL switches into the files of this folder, or to an OTLP collector at this http address."
 
 
 def up(
@@ -25,6 +34,11 @@ def up(
         str, typer.Option("--listen-monitor", metavar="ADDRESS", help=_Listen.format("monitor"))
     ] = "",
     rules: options.Rules = "",
+    log_format: Annotated[LogFormat, typer.Option("--log-format", help="Of the logs.")] = LogFormat.TEXT,
+    metrics: Annotated[
+        int, typer.Option("--metrics", metavar="PORT", min=-1, max=65533, help=_METRICS, show_default=False)
+    ] = -1,
+    traces: Annotated[str, typer.Option("--traces", metavar="WHERE", help=_TRACES)] = "",
     as_json: options.Json = False,
 ) -> int:
     """Run the three processes until Ctrl-C, and tell where they are. Other commands find them by themselves.
@@ -36,12 +50,31 @@ def up(
     code = laboratory.load_rules(rules)
     with contextlib.ExitStack() as stack:
         with progress("starting guest, monitor and VMM", as_json):
-            lab = stack.enter_context(launch(code, vmm_listen=vmm_listen, monitor_listen=monitor_listen))
+            lab = stack.enter_context(
+                launch(
+                    code,
+                    vmm_listen=vmm_listen,
+                    monitor_listen=monitor_listen,
+                    log_format=log_format.value,
+                    metrics=_endpoints(metrics),
+                    traces=str(Path(traces).absolute()) if traces and "://" not in traces else traces,
+                )
+            )
+        if metrics >= 0:
+            address = f"{_HOST}:{metrics + 2 if metrics else 0}"
+            stack.callback(Endpoint(address, collector(lab.supervisor)).close)
         stack.enter_context(_published(lab))
         with contextlib.suppress(KeyboardInterrupt):
             _announce(lab, as_json)
             raise lab.supervisor.wait_failure()
     return 0
+
+
+def _endpoints(port: int) -> tuple[str, str]:
+    """Of the VMM and the monitor."""
+    if port < 0:
+        return "", ""
+    return f"{_HOST}:{port}", f"{_HOST}:{port + 1 if port else 0}"
 
 
 @contextlib.contextmanager

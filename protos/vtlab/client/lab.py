@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,17 @@ class Lab:
         """A machine that exists. Raises NotFound."""
         repeated(self._peer, self._stub.GetMachine, vmm_pb2.GetMachineRequest(vm=name))
         return Machine(self._stub, self._peer, name)
+
+    def destroy_machines(self, deadline: float = 5.0) -> None:
+        """Destroys all machines as far as the VMM can be reached, for the end of a laboratory. Raises nothing.
+
+        Args:
+            deadline: seconds for each.
+        """
+        with contextlib.suppress(grpc.RpcError):
+            for machine in self._stub.ListMachines(vmm_pb2.ListMachinesRequest(), timeout=deadline).machines:
+                with contextlib.suppress(grpc.RpcError):
+                    self._stub.DestroyMachine(vmm_pb2.DestroyMachineRequest(vm=machine.vm), timeout=deadline)
 
     def machines(self) -> list[vmm_pb2.Machine]:
         """All machines of the VMM."""

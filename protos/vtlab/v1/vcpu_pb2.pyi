@@ -777,6 +777,7 @@ class Enter(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     CAUSE_VP_INDEX_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     sequence: _builtins.int
     """Counts enters of this vCPU at this level from 1."""
@@ -786,6 +787,8 @@ class Enter(_message.Message):
     cause: _builtins.int
     """For a policy at VTL1: the exit of VTL0 that this enter is about, by vCPU and number; 0 if a client is the reason."""
     cause_vp_index: _builtins.int
+    trace: _builtins.bytes
+    """Of a traced VTL switch that leads to this enter or ends with it (vtlab.traces): trace id, span id, flags. Else empty."""
     @_builtins.property
     def resolution(self) -> Global___Resolution:
         """How the last exit ends. Absent or unspecified means DENY."""
@@ -827,10 +830,11 @@ class Enter(_message.Message):
         cause: _builtins.int = ...,
         cause_vp_index: _builtins.int = ...,
         state: _registers_pb2.ProcessorState | None = ...,
+        trace: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "state", b"state", "status", b"status", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "state", b"state", "status", b"status", "trace", b"trace", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,7 +43,11 @@ def arm(laboratory: Path, role: str, point: str, count: int = 1) -> None:
     temporary.replace(path)
 
 
-def _install(path: Path, points: dict[str, tuple[str, str, str]]) -> None:
+DRAINED = "drained"
+"""Point of any role: its main has returned, and it would end with 0. It ends by a signal, so that it is restarted."""
+
+
+def _install(path: Path, points: dict[str, tuple[str, str, str]]) -> Callable[[str], None]:
     import importlib
 
     reached: dict[str, int] = {}
@@ -67,6 +71,7 @@ def _install(path: Path, points: dict[str, tuple[str, str, str]]) -> None:
         except ModuleNotFoundError:
             holder = getattr(importlib.import_module(module), owner)
         setattr(holder, name, _wrapped(getattr(holder, name), functools.partial(reach, point), when))
+    return reach
 
 
 def _wrapped(function: Callable[..., Any], reach: Callable[[], None], when: str) -> Callable[..., Any]:
@@ -88,6 +93,6 @@ def main(config: ServerConfig) -> None:
 
     servers = {"vmm": "vmm.server", "guest": "vtl0_guest.server", "monitor": "vtl1_monitor.server"}
     points = {"vmm": VMM_POINTS, "monitor": MONITOR_POINTS}
-    if config.role in points:
-        _install(config.state / FILE, points[config.role])
+    reach = _install(config.state / FILE, points.get(config.role, {}))
     importlib.import_module(servers[config.role]).main(config)
+    reach(DRAINED)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.restart import faults
 from tests.integration.restart.checks import TIMEOUT, dies, goes_on
+from tests.waiting import wait_until
 from vmm.chaos.observer import Observer
 from vmm.launcher import LocalLab
 from vtlab.errors import PeerUnavailable
@@ -100,3 +101,39 @@ def test_a_reset_is_done_again(lab: LocalLab, observer: Observer) -> None:
     except PeerUnavailable:
         dies(lab, Role.VMM, before)
     goes_on(observer, resets=1)
+
+
+def test_asked_to_end_it_leaves_the_machine_between_two_exits(
+    lab: LocalLab, observer: Observer, fault_file: Path
+) -> None:
+    observer.wait_progress(1)
+    for _ in range(3):
+        restarts = lab.supervisor.restarts(Role.VMM)
+        faults.arm(fault_file, "vmm", faults.DRAINED)
+        os.kill(lab.pids["vmm"], signal.SIGTERM)
+        assert lab.supervisor.wait_restarted(Role.VMM, restarts + 1, TIMEOUT)
+        observer.wait_progress(2)
+        observer.check()
+    assert observer.findings.problems == []
+    assert observer.findings.resets == []
+    log = (lab.directory / "vmm.log").read_text()
+    assert log.count("is written down at an exit") == 3
+
+
+def test_asked_twice_it_ends_at_once(lab: LocalLab, observer: Observer) -> None:
+    """Whatever it waits for: here, for VTL0's process, which is stopped."""
+    restarts = lab.supervisor.restarts(Role.VMM)
+    log = lab.directory / "vmm.log"
+    os.kill(lab.pids["guest"], signal.SIGSTOP)
+    try:
+        vmm = lab.pids["vmm"]
+        drains = log.read_text().count("vmm drains")
+        os.kill(vmm, signal.SIGTERM)
+        wait_until(lambda: log.read_text().count("vmm drains") > drains, TIMEOUT)
+        os.kill(vmm, signal.SIGTERM)
+    finally:
+        os.kill(lab.pids["guest"], signal.SIGCONT)
+    assert lab.supervisor.wait_restarted(Role.VMM, restarts + 1, TIMEOUT)
+    observer.wait_progress(2)
+    observer.check()
+    assert observer.findings.problems == []

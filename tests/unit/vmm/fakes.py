@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from vmm.level import LevelLost
+from vmm.level import LevelLost, Recoveries
 from vtlab.errors import Cancelled, VtlabError
 from vtlab.v1 import vcpu_pb2
 from vtlab.v1.registers_pb2 import ProcessorState, RegisterName
@@ -27,6 +27,7 @@ class FakeLevel:
 
     def __init__(self, vtl: int, log: list[str] | None = None) -> None:
         self.vtl = vtl
+        self.recoveries = Recoveries()
         self.name = f"fake VTL{vtl}"
         self.script: deque[Step] = deque()
         self.entered: list[Enter] = []
