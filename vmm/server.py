@@ -52,7 +52,7 @@ class Levels:
 
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM; then every machine is stopped between two exits and left for the next VMM."""
-    logs.configure(config.role, config.log_format)  # a machine may be revived before anything is served
+    logs.configure(config.role, config.log_format)
     levels = Levels(config)
     journal = Journal(config.state / "journal.sqlite")
     spans = open_spans(config.traces, config.role)

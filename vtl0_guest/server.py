@@ -14,7 +14,7 @@ from vtl0_guest.images import read_file
 from vtl0_guest.loaders import load
 from vtl0_guest.service import VcpuService
 from vtl0_guest.session import Guest
-from vtlab import vcpu_rpc
+from vtlab import logs, vcpu_rpc
 from vtlab.channels import ServerConfig, serve
 from vtlab.errors import BadArgument
 from vtlab.process import switch_threads_soon
@@ -100,6 +100,7 @@ def _load(request: vcpu_pb2.AttachRequest, folder: Path, ram: Ram) -> registers_
 
 def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
+    logs.configure(config.role, config.log_format)
     switch_threads_soon()
     spans = open_spans(config.traces, config.role)
     guest = Guest(partial(CoreLevel, spans=spans))

@@ -10,7 +10,7 @@ from vtl1_monitor.monitor import Monitor
 from vtl1_monitor.quotes import load_quoter
 from vtl1_monitor.sealed import SealedStore
 from vtl1_monitor.service import MonitorService, VcpuService
-from vtlab import vcpu_rpc
+from vtlab import logs, vcpu_rpc
 from vtlab.channels import ServerConfig, serve
 from vtlab.metrics import open_endpoint
 from vtlab.process import switch_threads_soon
@@ -21,6 +21,7 @@ from vtlab.v1 import monitor_pb2_grpc
 
 def main(config: ServerConfig) -> None:
     """Serves until SIGTERM, then wipes VTL1's memory. Raises BadArgument, PeerUnavailable."""
+    logs.configure(config.role, config.log_format)
     switch_threads_soon()
     spans = open_spans(config.traces, config.role)
     around = (lambda execute: answering(execute, spans)) if spans is not None else (lambda execute: execute)

@@ -20,7 +20,6 @@ import grpc
 import tenacity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from vtlab import logs
 from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
 from vtlab.logs import LogFormat
 from vtlab.process import spare_collections, termination
@@ -182,7 +181,6 @@ def serve(config: ServerConfig, register: Callable[[grpc.Server], Any]) -> Bound
         BadArgument: an address is malformed, taken, or not on loopback.
         PeerUnavailable: no credentials in the trust folder.
     """
-    logs.configure(config.role, config.log_format)
     for address in config.listen:
         check_address(address, config.allow_any_address)
     role = Role(config.role)

@@ -96,6 +96,17 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers + [0] * (4 - len(numbers)))
 
 
+def operations() -> Finding:
+    """What `--metrics` and `--traces` need, which a laboratory does not."""
+    wanted = {"metrics": "prometheus-client", "traces": "opentelemetry-sdk"}
+    missing = [extra for extra, package in wanted.items() if _package_problem(package)]
+    if missing:
+        return Finding(
+            "operations", Level.OK, f"no {' and no '.join(missing)}: pip install 'vtlab[{','.join(missing)}]'"
+        )
+    return Finding("operations", Level.OK, "metrics and traces can be had")
+
+
 def cores() -> Finding:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count < 2:

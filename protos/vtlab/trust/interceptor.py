@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from vtlab.errors import BadArgument, InternalError, PermissionDenied, VtlabError
+from vtlab.errors import BadArgument, InternalError, LimitExceeded, PermissionDenied, VtlabError
 from vtlab.status import abort
 from vtlab.trust.certificates import URI_PREFIX
 from vtlab.trust.revocation import Revocations
@@ -38,10 +40,18 @@ def role_of_peer(auth_context: Mapping[str, Iterable[bytes]]) -> Role | None:
         return None
 
 
+# Streams of events or verdicts that clients may hold open at one server. Each takes a worker; the rest is for commands.
+MAX_CLIENT_STREAMS = 96
+_CLIENTS = frozenset({Role.OPERATOR, Role.OBSERVER})
+
+
 class Gate(grpc.ServerInterceptor):
     """Wraps every handler of a server."""
 
-    def __init__(self, server: Role, revocations: Revocations) -> None:
+    def __init__(self, server: Role, revocations: Revocations, max_client_streams: int = MAX_CLIENT_STREAMS) -> None:
+        self._max_client_streams = max_client_streams
+        self._client_streams = 0
+        self._lock = threading.Lock()
         self._server = server
         self._revocations = revocations
         self._swept = revocations.identity()
@@ -65,13 +75,32 @@ class Gate(grpc.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    def _authorise(self, rpc: str, context: grpc.ServicerContext) -> None:
+    def _authorise(self, rpc: str, context: grpc.ServicerContext) -> Role | None:
         caller = role_of_peer(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))
         if caller is not None and not _names(_certificate(context), caller):
             caller = None
         if not may_call(rpc, caller, self._server):
             raise PermissionDenied(f"role {caller or 'unknown'}", f"may not call {rpc} of the {self._server}")
         self._revocations.check(_certificate(context))
+        return caller
+
+    @contextmanager
+    def _counted(self, caller: Role | None) -> Iterator[None]:
+        """One stream more within the block. Raises LimitExceeded."""
+        if caller not in _CLIENTS:
+            yield
+            return
+        with self._lock:
+            if self._client_streams >= self._max_client_streams:
+                most = self._max_client_streams
+                detail = f"clients hold {most} streams open already, which is the most; end one first"
+                raise LimitExceeded(str(self._server), detail, limit=most)
+            self._client_streams += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._client_streams -= 1
 
     def end_revoked(self) -> None:
         """Ends the open streams of callers whose certificate was taken back since they were let in."""
@@ -105,8 +134,8 @@ class Gate(grpc.ServerInterceptor):
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             self._streams[context] = _certificate(context)
             try:
-                self._authorise(rpc, context)
-                yield from behaviour(parse(request), context)
+                with self._counted(self._authorise(rpc, context)):
+                    yield from behaviour(parse(request), context)
             except Exception as error:
                 self._fail(rpc, context, error)
                 raise

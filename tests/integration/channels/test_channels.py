@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.waiting import wait_until
 from vtlab.channels import BoundServer, ServerConfig, dial, serve
 from vtlab.errors import (
     BadArgument,
@@ -219,6 +220,33 @@ def test_more_calls_than_workers_are_refused_at_once(config: ServerConfig, trust
         for stream in streams:
             stream.cancel()
     server.stop(1)
+
+
+def test_streams_of_clients_leave_room_for_commands(
+    config: ServerConfig, trust: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtlab.trust.interceptor.Gate.__init__.__defaults__", (2,))
+    server = serve(dataclasses.replace(config, listen=(f"unix:{tmp_path}/s",)), register)
+    with dial(server.addresses[0], trust, "observer", "vmm") as channel:
+        stub = vmm_pb2_grpc.VmmServiceStub(channel)
+        forever = vmm_pb2.WatchEventsRequest(vm="forever")
+        streams = [stub.WatchEvents(forever) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(LimitExceeded, match="clients hold 2 streams open already") as refused, translated("vmm"):
+            next(stub.WatchEvents(forever))
+        assert refused.value.limit == 2
+        assert stub.GetMachine(vmm_pb2.GetMachineRequest(vm="a")).machine.vm == "a"
+        streams[0].cancel()
+        wait_until(lambda: _is_let_in(stub.WatchEvents(forever)))
+    server.stop(0)
+
+
+def _is_let_in(stream: Any) -> bool:
+    try:
+        return bool(next(stream).event.sequence)
+    except grpc.RpcError:
+        return False
 
 
 def test_reflection_lists_the_services(server: BoundServer, trust: Path) -> None:
