@@ -102,7 +102,7 @@ def main(config: ServerConfig) -> None:
     """Serves VcpuService until SIGTERM or SIGINT. To be called in the main thread."""
     logs.configure(config.role, config.log_format)
     switch_threads_soon()
-    spans = open_spans(config.traces, config.role)
+    spans = open_spans("" if "://" in config.traces else config.traces, config.role)
     guest = Guest(partial(CoreLevel, spans=spans))
     server = serve(config, partial(vcpu_rpc.add_to_server, VcpuService(guest)))
     try:

@@ -62,7 +62,7 @@ class JournalTarget(Target):
         (root / "lived").mkdir()
         sha256, _ = ImageStore(root / "lived" / "images").add([b"\xf4"])
         journal = Journal(root / "lived" / "journal")
-        machines = Machines(root / "lived", FakeLevel, journal)
+        machines = Machines(root / "lived", lambda vtl, present=True: FakeLevel(vtl), journal)
         spec = vmm_pb2.MachineSpec(ram_size=RAM, vp_count=2, vtl1=True, image=vcpu_pb2.BootImage(sha256=sha256))
         machine = machines.create("vm", spec)
         machine.start()

@@ -217,6 +217,7 @@ def tiny_guest() -> Finding:
 ALL: tuple[Callable[[], Finding], ...] = (
     python,
     packages,
+    operations,
     cores,
     shared_memory,
     sockets,

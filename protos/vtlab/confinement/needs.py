@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from vtlab.channels import ServerConfig
 from vtlab.confinement.landlock import Access
@@ -88,9 +89,17 @@ def needs(config: ServerConfig, modules: Iterable[str] = ()) -> Needs:
                 notes.append(
                     f"{config.memory} holds no folder a right, and is of the same user: nothing tells its files apart"
                 )
+    reached = [config.guest, config.monitor]
+    if config.traces.startswith(("http://", "https://")):
+        if role is not Role.GUEST:  # it gets no network for that: its part of a trace is missing
+            reached.append(_host_and_port(config.traces))
+    elif config.traces:
+        traces = Path(config.traces)
+        folder = traces if traces.is_dir() else traces.parent
+        allow(folder, Access.MAKE_REG | Access.WRITE_FILE)
     if config.rules:  # code of the user's own, which may read what the user may
         allow(Path("/"), _READ)
-    return Needs(files, _ports(config.listen), _ports((config.guest, config.monitor)), code, tuple(notes))
+    return Needs(files, _ports((*config.listen, config.metrics)), _ports(reached), code, tuple(notes))
 
 
 def _memory(memory: Path, role: Role) -> Iterator[tuple[Path, Access]]:
@@ -116,6 +125,11 @@ def _code(packages: Iterable[str]) -> Iterator[Path]:
         except ImportError:
             continue
         yield from (Path(os.path.realpath(path)) for path in getattr(module, "__path__", ()))
+
+
+def _host_and_port(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
 def _ports(addresses: Iterable[str]) -> tuple[int, ...]:

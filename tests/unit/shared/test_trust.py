@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from vtlab.errors import PeerUnavailable
+from vtlab.errors import PeerUnavailable, PermissionDenied
 from vtlab.trust.__main__ import main as trust_main
 from vtlab.trust.certificates import ensure_trust, load_credentials
 from vtlab.trust.interceptor import role_of_peer
+from vtlab.trust.revocation import Revocations
 from vtlab.trust.roles import OPEN_TO_ITSELF, RPC_ROLES, Role, may_call
+from vtlab.trust.rotation import revoke
 from vtlab.v1 import monitor_pb2, vcpu_pb2, vmm_pb2
 
 SERVED = (monitor_pb2, vcpu_pb2, vmm_pb2, health_pb2, reflection_pb2)
@@ -136,3 +140,17 @@ def test_parts_are_handed_out_to_the_folders_that_wait_for_them(tmp_path: Path) 
     assert {path.name for path in (tmp_path / "out" / "guest").iterdir()} == {"ca.pem", "guest.pem", "guest.key"}
     assert stat.S_IMODE((tmp_path / "out" / "guest" / "guest.key").stat().st_mode) == 0o640
     assert load_credentials(tmp_path / "out" / "guest", "guest") == load_credentials(tmp_path / "all", "guest")
+
+
+def test_an_authority_whose_key_is_damaged_lets_nobody_in(tmp_path: Path) -> None:
+    trust = ensure_trust(tmp_path / "trust")
+    revoke(trust, str(trust / "observer" / "observer.pem"))
+    operator = (trust / "operator" / "operator.pem").read_bytes()
+    Revocations(trust / "vmm").check(operator)
+    authority = x509.load_pem_x509_certificate((trust / "vmm" / "ca.pem").read_bytes())
+    point = authority.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    damaged = authority.public_bytes(Encoding.DER).replace(point, point[:1] + bytes(64))
+    text = base64.encodebytes(damaged)
+    (trust / "vmm" / "ca.pem").write_bytes(b"-----BEGIN CERTIFICATE-----\n" + text + b"-----END CERTIFICATE-----\n")
+    with pytest.raises(PermissionDenied, match="nobody is let in"):
+        Revocations(trust / "vmm").check(operator)
