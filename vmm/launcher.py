@@ -107,6 +107,8 @@ def launch(
             configs = _configs(folder, sockets, trust, vmm_listen, monitor_listen)
             for role, address in zip((Role.VMM, Role.MONITOR), metrics, strict=True):
                 configs[role] = replace(configs[role], metrics=address)
+            if traces and Path(traces).is_dir():
+                (Path(traces) / f"{Role.GUEST}.jsonl").touch(mode=0o600)  # its process may make no file
             for role in SERVERS:
                 configs[role] = replace(configs[role], log_format=log_format, traces=traces)
             vmm = configs[Role.VMM]

@@ -104,9 +104,7 @@ class Machines:
             # A machine whose runs repeat is there to be looked at: its readers may lag behind further.
             capacity, weight = (LARGE_CAPACITY, LARGE_WEIGHT) if spec.deterministic else (CAPACITY, WEIGHT)
             events = EventLog(vm, self._numbers, capacity, weight, on_staged=ledger.touch)
-            machine = Machine(
-                vm, spec, folder, self.images, guest, monitor, events, ledger, self._state, self._tracer
-            )
+            machine = Machine(vm, spec, folder, self.images, guest, monitor, events, ledger, self._state, self._tracer)
             with self._lock:
                 self._machines[vm] = machine
         finally:

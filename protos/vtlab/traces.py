@@ -7,6 +7,7 @@ outside. No context is taken from VTL0's process, and without tracing no exit pa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,15 @@ def _exporter(where: str, role: str) -> Any:
     if path.is_dir():
         path /= f"{role}.jsonl"
     try:
-        file = path.open("a", encoding="utf-8")
+        file = os.fdopen(_descriptor(path), "w", encoding="utf-8")
     except OSError as error:
         raise BadArgument(f"traces {where!r}", str(error)) from None
     return ConsoleSpanExporter(out=file, formatter=lambda span: span.to_json(indent=None) + "\n")
+
+
+def _descriptor(path: Path) -> int:
+    """To append with. VTL0's process may make no file: its own must be there."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

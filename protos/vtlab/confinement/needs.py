@@ -89,14 +89,10 @@ def needs(config: ServerConfig, modules: Iterable[str] = ()) -> Needs:
                 notes.append(
                     f"{config.memory} holds no folder a right, and is of the same user: nothing tells its files apart"
                 )
-    reached = [config.guest, config.monitor]
-    if config.traces.startswith(("http://", "https://")):
-        if role is not Role.GUEST:  # it gets no network for that: its part of a trace is missing
-            reached.append(_host_and_port(config.traces))
-    elif config.traces:
-        traces = Path(config.traces)
-        folder = traces if traces.is_dir() else traces.parent
+    folder, collector = _traces(config.traces, role)
+    if folder is not None:
         allow(folder, Access.MAKE_REG | Access.WRITE_FILE)
+    reached = (config.guest, config.monitor, collector)
     if config.rules:  # code of the user's own, which may read what the user may
         allow(Path("/"), _READ)
     return Needs(files, _ports((*config.listen, config.metrics)), _ports(reached), code, tuple(notes))
@@ -127,9 +123,15 @@ def _code(packages: Iterable[str]) -> Iterator[Path]:
         yield from (Path(os.path.realpath(path)) for path in getattr(module, "__path__", ()))
 
 
-def _host_and_port(address: str) -> str:
-    parts = urlsplit(address)
-    return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+def _traces(where: str, role: Role) -> tuple[Path | None, str]:
+    """The folder that spans are written to, or HOST:PORT of who collects them (ServerConfig.traces)."""
+    if "://" not in where:
+        path = Path(where)
+        return (path if path.is_dir() else path.parent) if where else None, ""
+    if role is Role.GUEST:  # it gets no network for that: its part of a trace is missing
+        return None, ""
+    parts = urlsplit(where)
+    return None, f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
 def _ports(addresses: Iterable[str]) -> tuple[int, ...]:

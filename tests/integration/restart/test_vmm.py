@@ -103,13 +103,11 @@ def test_a_reset_is_done_again(lab: LocalLab, observer: Observer) -> None:
     goes_on(observer, resets=1)
 
 
-def test_asked_to_end_it_leaves_the_machine_between_two_exits(
-    lab: LocalLab, observer: Observer, fault_file: Path
-) -> None:
+def test_asked_to_end_it_leaves_the_machine_between_two_exits(lab: LocalLab, observer: Observer) -> None:
     observer.wait_progress(1)
     for _ in range(3):
         restarts = lab.supervisor.restarts(Role.VMM)
-        faults.arm(fault_file, "vmm", faults.DRAINED)
+        faults.arm(lab.directory, "vmm", faults.DRAINED)
         os.kill(lab.pids["vmm"], signal.SIGTERM)
         assert lab.supervisor.wait_restarted(Role.VMM, restarts + 1, TIMEOUT)
         observer.wait_progress(2)
