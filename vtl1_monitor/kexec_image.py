@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vtl1_monitor.policy.image import BootImage
+from vtl1_monitor.policy.image import read_image
 from vtlab.errors import BadImage
 from vtlab.ram import PAGE_SIZE
 from vtlab.services import (
@@ -89,7 +89,7 @@ def read_kernel(data: bytes, ram_size: int) -> Kernel:
     if line_size > _MAX_COMMAND_LINE or b"\0" in line:
         raise BadKernel("command line is too long or has a zero byte")
     try:
-        elf = BootImage(data[offset:], "next kernel")
+        elf = read_image(data[offset:], "next kernel")
     except BadImage as error:
         raise BadKernel(str(error)) from None
     parts = [part for part in elf.loaded if part[1]]

@@ -17,7 +17,7 @@ from vtl1_monitor.machine import Machine
 from vtl1_monitor.memory import GuestMemory
 from vtl1_monitor.observer import observable
 from vtl1_monitor.personality import PolicyProcessor
-from vtl1_monitor.policy.image import BootImage
+from vtl1_monitor.policy.image import BootImage, read_image
 from vtl1_monitor.policy.problems import PolicyProblems
 from vtl1_monitor.policy.render import render
 from vtl1_monitor.policy.resolve import resolve
@@ -381,4 +381,4 @@ def _load_image(directory: Path, image: vcpu_pb2.BootImage) -> BootImage:
     if hashlib.sha256(data).digest() != image.sha256:
         raise BadImage(image.path, "SHA-256 is not the one asked for")
     flat = image.load_address if image.format == vcpu_pb2.IMAGE_FORMAT_FLAT else None
-    return BootImage(data, path.name, flat)
+    return read_image(data, path.name, flat)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from unicorn import Uc
@@ -108,8 +109,11 @@ def find(uc: Uc) -> Layout:
     wanted = struct.pack("<8Q", *_MAGIC)
     ranges = _readable_ranges()
 
+    starts = [first for first, _ in ranges]
+
     def room(address: int) -> int:
-        return next((last - address for first, last in ranges if first <= address < last), 0)
+        at = bisect_right(starts, address) - 1
+        return max(ranges[at][1] - address, 0) if at >= 0 else 0
 
     handle = handle_of(uc)
     if not room(handle):

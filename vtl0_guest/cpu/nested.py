@@ -20,6 +20,7 @@ import mmap
 from array import array
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import lru_cache
 
 from vtlab.v1 import vcpu_pb2
 
@@ -64,6 +65,7 @@ class Shown(IntEnum):
 
 
 _NONE = (1 << 64) - 1
+_REMEMBERED = 1 << 16  # pages
 # Bits that an entry gains and those that it keeps.
 _SHOWN = {
     Shown.AS_IT_IS: (0, _NONE),
@@ -71,6 +73,19 @@ _SHOWN = {
     Shown.EXECUTABLE: (0, _NONE & ~RW),
     Shown.ALL: (0, _NONE),
 }
+
+
+def _entries(first: int, count: int) -> bytes:
+    """Entries of consecutive pages, from the first one's."""
+    return array("Q", range(first, first + count * PAGE_SIZE, PAGE_SIZE)).tobytes()
+
+
+_known = lru_cache(maxsize=32)(_entries)
+
+
+def _run(first: int, count: int) -> bytes:
+    """The same; machines of one size map their RAM alike, so runs up to 256 MiB are remembered."""
+    return (_known if count <= _REMEMBERED else _entries)(first, count)
 
 
 class NestedTable:
@@ -198,10 +213,9 @@ class NestedTable:
                 kernel_rights[first] = frame | kernel if kernel else 0
                 user_rights[first] = frame | user if user else 0
             else:
-                frames = range(frame, frame + count * PAGE_SIZE, PAGE_SIZE)
                 for rights, template in ((kernel_rights, kernel), (user_rights, user)):
-                    run = array("Q", (frame | template for frame in frames) if template else bytes(8 * count))
-                    rights[first : first + count] = memoryview(run)
+                    run = _run(frame | template, count) if template else bytes(8 * count)
+                    rights[first : first + count] = memoryview(run).cast("Q")
             if self._shown is not None:
                 self._show_run(self._shown, first, count, state)
         self.generation += 1

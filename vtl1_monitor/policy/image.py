@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
@@ -143,3 +144,9 @@ class BootImage:
         last_page = (area.end - 1) // PAGE_SIZE * PAGE_SIZE
         tail = range(max(area.end, last_page), last_page + PAGE_SIZE)
         return [other for other in self._sections.values() if other.gpa < tail.stop and other.end > tail.start and tail]
+
+
+@lru_cache(maxsize=4)  # a machine that starts again has the same image; reading its symbols is what costs
+def read_image(data: bytes, name: str, flat_address: int | None = None) -> BootImage:
+    """BootImage of these bytes; nothing changes one once it is read. Raises BadImage."""
+    return BootImage(data, name, flat_address)

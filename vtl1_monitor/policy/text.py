@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import yaml
 from pydantic import ValidationError
@@ -61,6 +63,7 @@ class PolicyText:
         return _problem(self.lines, path, message)
 
 
+@lru_cache(maxsize=8)  # a kernel hands over the same text at each start, and what came of it never changes
 def parse(text: bytes | str, file_name: str = "policy") -> PolicyText:
     """Parses and validates a policy; nothing of a bad one is returned.
 
@@ -88,7 +91,7 @@ def parse(text: bytes | str, file_name: str = "policy") -> PolicyText:
     wrong = [_problem(lines, path, message) for path, message in cross_checks(model)]
     if wrong:
         raise PolicyProblems(file_name, wrong)
-    return PolicyText(model, decoded, hashlib.sha256(data).digest(), lines, file_name)
+    return PolicyText(model, decoded, hashlib.sha256(data).digest(), MappingProxyType(lines), file_name)
 
 
 def _compose(text: str, file_name: str) -> yaml.Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -29,6 +30,10 @@ class Image:
     data: bytes
 
     def sha256(self) -> bytes:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         return hashlib.sha256(self.data).digest()
 
     def chunks(self) -> Iterator[vmm_pb2.UploadImageRequest]:

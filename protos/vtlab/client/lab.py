@@ -17,7 +17,7 @@ from vtlab.client.images import Image, ImageSource, read_image
 from vtlab.client.machine import Machine
 from vtlab.client.policy import Policy
 from vtlab.client.runtime import MONITOR, Addresses, find
-from vtlab.errors import BadArgument, BadImage, PeerUnavailable
+from vtlab.errors import BadArgument, BadImage, NotFound, PeerUnavailable
 from vtlab.trust.roles import Role
 from vtlab.v1 import vcpu_pb2, vmm_pb2, vmm_pb2_grpc
 
@@ -59,6 +59,7 @@ class Lab:
         self._peer = f"vmm at {addresses.vmm}"
         self._channel = dial(addresses.vmm, addresses.trust, role, Role.VMM, timeout)
         self._stub = vmm_pb2_grpc.VmmServiceStub(self._channel)
+        self._kept: set[bytes] = set()  # SHA-256 of what the VMM was seen to have
         self._monitor_channel: grpc.Channel | None = None
         self._policy: Policy | None = None
 
@@ -91,6 +92,7 @@ class Lab:
         answer = call(self._peer, self._stub.UploadImage, image.chunks(), UPLOAD_DEADLINE)
         if answer.sha256 != image.sha256():
             raise BadImage(image.name, "arrived changed at the VMM")
+        self._kept.add(answer.sha256)
         return answer.sha256
 
     def create(
@@ -165,21 +167,33 @@ class Lab:
             deterministic=deterministic is not None,
             seed=deterministic or 0,
             image=vcpu_pb2.BootImage(
-                sha256=self.upload(boot),
+                sha256=boot.sha256(),
                 format=image_format,
                 command_line=command_line,
                 load_address=load_address,
                 entry=entry,
                 start_mode=start_mode,
-                modules=[vcpu_pb2.BootModule(sha256=self.upload(file), command_line=text) for file, text in files],
+                modules=[vcpu_pb2.BootModule(sha256=file.sha256(), command_line=text) for file, text in files],
             ),
         )
         name = name or f"vm-{secrets.token_hex(4)}"
         try:
-            call(self._peer, self._stub.CreateMachine, vmm_pb2.CreateMachineRequest(vm=name, spec=spec))
+            self._create(vmm_pb2.CreateMachineRequest(vm=name, spec=spec), [boot, *(file for file, _ in files)])
         except BadImage as error:
             raise BadImage(boot.name, error.detail) from None
         return Machine(self._stub, self._peer, name, boot.name)
+
+    def _create(self, request: vmm_pb2.CreateMachineRequest, images: Sequence[Image]) -> None:
+        """With what it boots from, which is sent once; again to a VMM that has lost it."""
+        for image in images:
+            if image.sha256() not in self._kept:
+                self.upload(image)
+        try:
+            call(self._peer, self._stub.CreateMachine, request)
+        except NotFound:
+            for image in images:
+                self.upload(image)
+            call(self._peer, self._stub.CreateMachine, request)
 
     def machine(self, name: str) -> Machine:
         """A machine that exists. Raises NotFound."""

@@ -267,6 +267,11 @@ class Platform:
             for device in self._timed:
                 device.advance(now)
 
+    @property
+    def exit_waits(self) -> bool:
+        """Whether a device has ended the run."""
+        return self._guard.exit is not None
+
     def take_exit(self) -> DeviceExit | None:
         """What a device ended the run with, once."""
         with self._guard:

@@ -1,7 +1,7 @@
 """IN, OUT, INS, OUTS. Sources: Intel SDM volume 1, chapter 19 (I/O permission), volume 2.
 
-The engine checks no I/O permission and stops at each instruction before anything happened; a REP form is done one
-element per stop, which keeps every element exact.
+The engine checks no I/O permission and stops at each instruction before anything happened. Elements of a REP form are
+done one by one, each exactly; those of REP OUTS a few in one stop, while they go to a device that nobody watches.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from vtl0_guest.cpu.context import Context
 from vtl0_guest.cpu.decode import SEGMENTS, address_mask, linear_address
 from vtl0_guest.cpu.environment import Gpr, Seg
 from vtl0_guest.cpu.faults import general_protection
+from vtl0_guest.cpu.guest_memory import PAGE
 from vtl0_guest.cpu.operation import Operation
 from vtlab.v1 import vcpu_pb2
 from vtlab.x86.registers import Rflags
 
-_VM, _DF = int(Rflags.VM), int(Rflags.DF)
+_VM, _DF, _TF = int(Rflags.VM), int(Rflags.DF), int(Rflags.TF)
+# Of REP OUTS in one stop: as many bytes as the FIFO of a UART takes. Interrupts wait so long.
+_ELEMENTS = 16
 _INPUT = frozenset({Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.IN})
 _STRING = frozenset({Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD})
 
@@ -84,11 +87,12 @@ def _transfer_out(context: Context, port: int, size: int, value: int, finish: Ca
 
 
 def _string(context: Context, instruction: Instruction, port: int, size: int) -> Operation | None:
-    """One element. RIP moves on only after the last one of a REP form."""
+    """Elements of one stop. RIP moves on only after the last one of a REP form."""
     environment, memory = context.environment, context.memory
     mask = address_mask(environment, instruction)
     repeated = instruction.has_rep_prefix or instruction.has_repne_prefix
-    if repeated and not environment.gpr(Gpr.RCX) & mask:
+    left = environment.gpr(Gpr.RCX) & mask if repeated else 1
+    if not left:
         return None
     step = -size if environment.rflags & _DF else size
     incoming = instruction.mnemonic in _INPUT
@@ -97,13 +101,12 @@ def _string(context: Context, instruction: Instruction, port: int, size: int) ->
     segment = Seg.ES if incoming else SEGMENTS[instruction.memory_segment]
     linear = linear_address(environment, segment, offset, size, incoming)
 
-    def finish() -> None:
-        _add(context, pointer, step, mask)
+    def finish(done: int = 1) -> None:
+        _add(context, pointer, step * done, mask)
         if repeated:
-            _add(context, Gpr.RCX, -1, mask)
-            if environment.gpr(Gpr.RCX) & mask:
-                # The instruction is not over: undo the step that ends it.
-                context.repeat = True
+            _add(context, Gpr.RCX, -done, mask)
+            # While elements are left the instruction is not over: undoes the step that ends it.
+            context.repeat = done < left
 
     if incoming:
         memory.probe_write(linear, size)
@@ -113,7 +116,25 @@ def _string(context: Context, instruction: Instruction, port: int, size: int) ->
             finish()
 
         return _transfer_in(context, port, size, store)
-    return _transfer_out(context, port, size, memory.read_int(linear, size), finish)
+    count = _together(context, port, size, linear, left) if offset <= mask - PAGE else 1
+    if count == 1:
+        return _transfer_out(context, port, size, memory.read_int(linear, size), finish)
+    device, data = context.platform.ports[port], memory.read(linear, count * size)
+    done = 0
+    while done < count and not context.platform.exit_waits:
+        device.write(port, size, int.from_bytes(data[done * size : (done + 1) * size], "little"))
+        done += 1
+    finish(done)
+    return None
+
+
+def _together(context: Context, port: int, size: int, linear: int, left: int) -> int:
+    """Elements of REP OUTS that nothing comes between: from one page, upwards, to a device that nobody watches."""
+    environment = context.environment
+    alone = environment.rflags & (_DF | _TF) or environment.bitness != 64
+    if alone or port not in context.platform.ports or context.intercepts.port(port, size):
+        return 1
+    return max(min(left, _ELEMENTS, (PAGE - linear % PAGE) // size), 1)
 
 
 def _add(context: Context, register: Gpr, amount: int, mask: int) -> None:

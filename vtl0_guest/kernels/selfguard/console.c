@@ -47,10 +47,4 @@ u64 console_read_line(char *buffer, u64 size) {
     return n;
 }
 
-void console_write(const char *text, u64 size) {
-    while (size--) {
-        while (!(inb(COM2 + 5) & 0x20))
-            ;
-        outb(COM2, (u8)*text++);
-    }
-}
+void console_write(const char *text, u64 size) { uart_write(COM2, text, size); }

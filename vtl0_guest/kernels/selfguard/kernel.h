@@ -26,6 +26,7 @@ u64 length(const char *text);
 /* log.c: COM1. Conversions: %s, %u (decimal u64), %x (hexadecimal u64). */
 void log_init(void);
 void log(const char *format, ...);
+void uart_write(u16 port, const char *text, u64 size);
 
 /* console.c: COM2. */
 void console_init(void);

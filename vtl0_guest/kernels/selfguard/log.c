@@ -2,12 +2,21 @@
 #include "kernel.h"
 
 #define COM1 0x3F8
+#define UART_FIFO 16
 
-static void put(char c) {
-    while (!(inb(COM1 + 5) & 0x20))
-        ;
-    outb(COM1, (u8)c);
+/* As much at once as the transmitter's FIFO takes. */
+void uart_write(u16 port, const char *text, u64 size) {
+    while (size) {
+        while (!(inb(port + 5) & 0x20))
+            ;
+        u64 count = size < UART_FIFO ? size : UART_FIFO;
+        outsb(port, text, count);
+        text += count;
+        size -= count;
+    }
 }
+
+static void put(const char *text, u64 size) { uart_write(COM1, text, size); }
 
 void log_init(void) {
     outb(COM1 + 1, 0);    /* no interrupts */
@@ -21,34 +30,35 @@ void log_init(void) {
 
 static void put_number(u64 value, u32 base) {
     char digits[20];
-    u32 n = 0;
+    u32 first = sizeof digits;
     do {
-        digits[n++] = "0123456789abcdef"[value % base];
+        digits[--first] = "0123456789abcdef"[value % base];
         value /= base;
     } while (value);
-    while (n)
-        put(digits[--n]);
+    put(digits + first, sizeof digits - first);
 }
 
 void log(const char *format, ...) {
     __builtin_va_list arguments;
     __builtin_va_start(arguments, format);
-    for (; *format; format++) {
-        if (*format != '%') {
-            put(*format);
-            continue;
-        }
-        switch (*++format) {
+    while (*format) {
+        const char *text = format;
+        while (*format && *format != '%')
+            format++;
+        put(text, format - text);
+        if (!*format)
+            break;
+        format++;
+        switch (*format++) {
         case 's':
-            for (const char *text = __builtin_va_arg(arguments, const char *); *text; text++)
-                put(*text);
+            text = __builtin_va_arg(arguments, const char *);
+            put(text, length(text));
             break;
         case 'u':
             put_number(__builtin_va_arg(arguments, u64), 10);
             break;
         case 'x':
-            put('0');
-            put('x');
+            put("0x", 2);
             put_number(__builtin_va_arg(arguments, u64), 16);
             break;
         }

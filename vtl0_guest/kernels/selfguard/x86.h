@@ -34,6 +34,9 @@
 
 static inline void outb(u16 port, u8 value) { asm volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static inline void outw(u16 port, u16 value) { asm volatile("outw %0, %1" ::"a"(value), "Nd"(port)); }
+static inline void outsb(u16 port, const void *from, u64 count) {
+    asm volatile("rep outsb" : "+S"(from), "+c"(count) : "d"(port) : "memory");
+}
 static inline u8 inb(u16 port) {
     u8 value;
     asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
