@@ -436,7 +436,9 @@ class Machine:
                     self._stop_threads()
                 self._enter_state(following, ending.reason, ending.debug_exit)
                 if operation is Operation.GUEST_RESETS:
-                    self._go()
+                    self._spawn()
+                    if following == RUNNING:
+                        self._board.gate.release()
             except VtlabError as error:
                 self._break(f"cannot {operation}: {error}")
 

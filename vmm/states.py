@@ -71,13 +71,13 @@ MOVES: dict[MachineState.ValueType, dict[Operation, MachineState.ValueType]] = {
         _O.BREAK: FAILED,
     },
     PAUSED: {
-        **_stay(PAUSED, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.INJECT),
+        # A reset that the guest asked for just before: the next generation waits, too.
+        **_stay(PAUSED, *_LOOK, *_CHANGE, *_DISK, _O.HIJACK, _O.GUARD, _O.INJECT, _O.GUEST_RESETS),
         _O.RESUME: RUNNING,
         _O.STOP: STOPPED,
         _O.RESET: RUNNING,
         _O.DESTROY: FAILED,
         _O.GUEST_ENDS: STOPPED,
-        _O.GUEST_RESETS: RUNNING,
         _O.BREAK: FAILED,
     },
     STOPPED: {

@@ -153,6 +153,10 @@ class GuestMisbehaved(VtlabError):
     """The process of a level answered what the contract forbids; nothing that it says is to be believed any more."""
 
 
+class GuestLost(GuestMisbehaved):
+    """By the machine's state, the guest never comes back by itself: it resets for ever, or runs where no code is."""
+
+
 class LimitExceeded(VtlabError):
     """A bound was reached.
 

@@ -31,6 +31,7 @@ TABLE: dict[type[errors.VtlabError], tuple[grpc.StatusCode, str]] = {
     errors.PeerUnavailable: (grpc.StatusCode.UNAVAILABLE, "PEER_UNAVAILABLE"),
     errors.TimedOut: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIMED_OUT"),
     errors.GuestMisbehaved: (grpc.StatusCode.INTERNAL, "GUEST_MISBEHAVED"),
+    errors.GuestLost: (grpc.StatusCode.INTERNAL, "GUEST_LOST"),
     errors.LimitExceeded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_EXCEEDED"),
     errors.Conflict: (grpc.StatusCode.ABORTED, "CONFLICT"),
     errors.Unsupported: (grpc.StatusCode.UNIMPLEMENTED, "UNSUPPORTED"),

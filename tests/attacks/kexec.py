@@ -13,6 +13,7 @@ from vtlab.client.driver import COMMAND_PORT, READY, Driver, parse
 from vtlab.client.machine import Machine
 from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
+from vtlab.errors import GuestLost
 from vtlab.services import HEKI_PAGE, HEKI_PATCH, HEKI_RANGE, KEXEC_MAGIC, KexecType, Service
 from vtlab.v1 import vmm_pb2
 from vtlab.x86.registers import Cr4
@@ -41,7 +42,11 @@ def order(driver: Driver, command: str) -> None:
 
 
 def make_way(attempts: Attempts, machine: Machine, command: str) -> str | None:
-    """A command that is refused, or after which another kernel starts: then what that one's log says."""
+    """A command that is refused, or after which another kernel starts: then what that one's log says.
+
+    Raises:
+        GuestLost: no kernel starts any more.
+    """
     answers = machine.serial_reader(COMMAND_PORT, from_now=True)
     log = machine.serial_reader(0, from_now=True)
     generation = machine.info().generation
@@ -51,6 +56,8 @@ def make_way(attempts: Attempts, machine: Machine, command: str) -> str | None:
         BOOT_TIMEOUT,
         lambda seen: seen.generation > generation + ENDLESS,
     )
+    if came < 0:
+        raise GuestLost(f"machine '{machine.name}'", f"resets itself again and again: {machine.info().reason}")
     if came == 0:
         attempts.step(parse, said.rstrip())
     after = machine.wait_state(vmm_pb2.MACHINE_STATE_RUNNING)

@@ -15,7 +15,8 @@ from functools import partial
 from vtlab.client.driver import COMMAND_PORT, READY, Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
-from vtlab.errors import TimedOut
+from vtlab.errors import GuestLost, TimedOut
+from vtlab.v1.vcpu_pb2 import ACTION_COMMIT
 from vtlab.x86.registers import Cr0, Cr4
 from vtlab_attacks.control_registers import forge_tables
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Transition, observe
@@ -52,31 +53,50 @@ SEAN_S3 = "Heki thread (Christopherson 2024): suspend and resume need more than 
 VERIFY = ("upgrade: signed}", "upgrade: signed, s3: verify, waking: waking code}")
 BY_VECTOR, BEHIND = "by the waking vector", "where it fell asleep"
 AWAKE = re.compile(rf"selfguard: awake, ({BY_VECTOR}|{BEHIND})|{READY}")
-LOOK = 5.0  # seconds until a guest that says nothing is looked at
-LOST = 2  # looks in a row that find it in real mode, where it has a few instructions to run
+LOOK = 0.5  # seconds until a guest that says nothing is looked at
+
+
+def lost(machine: Machine) -> str:
+    """Why the guest never comes back, by its state; empty if it may.
+
+    All code of real mode lies in segments of its own. Segment 0 holds the interrupt vectors: a fault that nobody
+    handles leads there.
+    """
+    state = machine.registers()
+    registers = state.registers
+    if registers.cr0 & Cr0.PE or registers.cs.base or registers.cs.selector:
+        return ""
+    return f"runs in real mode at 0000:{registers.rip:04x}, where no code is, with CR4 {registers.cr4:#x}"
 
 
 def to_ram(machine: Machine) -> str:
     """Has the guest fall asleep; what its kernel says once it is awake, or once it starts again.
 
     Raises:
-        TimedOut: it is lost: it came out of sleep and stays in real mode, or never came.
+        GuestLost: waking led it where no code is.
+        TimedOut: it never came.
     """
     log, answers = machine.serial_reader(0, from_now=True), machine.serial_reader(COMMAND_PORT, from_now=True)
     say(machine, f"sleep {TO_RAM} 0")
-    lost = 0
     for left in reversed(range(int(BOOT_TIMEOUT / LOOK))):
         try:
             said = log.read_until(AWAKE, LOOK)
         except TimedOut:
-            lost = 0 if register(machine, "cr0") & Cr0.PE else lost + 1
-            if lost == LOST or not left:
+            if why := lost(machine):
+                raise GuestLost(f"machine '{machine.name}'", f"{why}: {last_refusal(machine)}") from None
+            if not left:
                 raise
         else:
             if "selfguard: awake" in said:
                 answers.read_line(BOOT_TIMEOUT)
             return said
     raise AssertionError
+
+
+def last_refusal(machine: Machine) -> str:
+    """What the machine's protection refused last."""
+    verdicts = [event.verdict.resolution for event in machine.events(("verdict",), until_now=True)]
+    return next((one.reason for one in reversed(verdicts) if one.action != ACTION_COMMIT), "nothing was refused")
 
 
 def suspend(machine: Machine, attempts: Attempts) -> None:
@@ -94,6 +114,20 @@ def verify(machine: Machine, driver: Driver, symbols: Symbols, version: int) -> 
     """VTL1, where there is one, takes the policy that has the waking code run."""
     if machine.info().vtl1_enabled:
         hand_over(machine, driver, symbols, policy(version, VERIFY))
+
+
+def suspend_to_mark(machine: Machine, attempts: Attempts, mark: int) -> None:
+    """The same, where the attacker's code may have run although the guest was lost after it.
+
+    Raises:
+        GuestLost: it was lost before.
+    """
+    try:
+        suspend(machine, attempts)
+    except GuestLost as gone:
+        if memory(machine, mark, len(MARK)) != MARK:
+            raise
+        attempts.note(gone.detail)
 
 
 def s3(guest: Guest) -> tuple[Guest, Evidence]:
@@ -131,7 +165,7 @@ def change_vector(machine: Machine, driver: Driver, symbols: Symbols) -> Evidenc
     return observe(
         "mark of the attacker's code at the waking vector",
         lambda: memory(machine, mark, len(MARK)),
-        lambda attempts: suspend(machine, attempts),
+        lambda attempts: suspend_to_mark(machine, attempts, mark),
         symbols,
         lambda _, after: after == MARK,
         show_bytes,
@@ -146,7 +180,7 @@ def change_code(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
 
     def steps(attempts: Attempts) -> None:
         if attempts.step(driver.write_bytes, direct(WAKE_PAGE), JUMP):
-            suspend(machine, attempts)
+            suspend_to_mark(machine, attempts, mark)
 
     return observe(
         "mark of the attacker's code behind the waking vector",

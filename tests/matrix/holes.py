@@ -15,8 +15,8 @@ from vtlab_matrix.outcome import Outcome
 
 
 def _red(verdict: Verdict) -> Verdict:
-    if not verdict.red:
-        raise ValueError("a hole explains red cells")
+    if not verdict.red or verdict is Verdict.UNCLEAR:
+        raise ValueError("a hole explains what succeeded or broke the guest; UNCLEAR is a defect of the evidence")
     return verdict
 
 

@@ -65,6 +65,7 @@ class Outcome(BaseModel):
         kept: how many worked.
         rules: what the protection refused, "rule: why".
         seconds: from the creation of its first machine to the end of its last.
+        earlier: why it was done once more: what broke the laboratory of the first time.
         timeline, log: exits and decisions after the boot, and what the guest's kernel said.
     """
 
@@ -78,6 +79,7 @@ class Outcome(BaseModel):
     kept: int = 0
     rules: tuple[str, ...] = ()
     seconds: float = 0.0
+    earlier: str = ""
     timeline: tuple[Line, ...] = ()
     log: str = ""
 
@@ -92,6 +94,8 @@ class Outcome(BaseModel):
             evidence["kept"] = self.kept
         if self.rules:
             evidence["rules"] = list(self.rules)
+        if self.earlier:
+            evidence["earlier"] = self.earlier
         summary: dict[str, Any] = self.cell.model_dump()
         return summary | {
             "verdict": self.verdict.value,

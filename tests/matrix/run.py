@@ -6,8 +6,9 @@ import random
 import time
 from collections.abc import Sequence
 
-from vtlab.client import Lab, Machine
-from vtlab.errors import VtlabError
+from vtlab.client import Lab, Machine, serial
+from vtlab.client.names import state_name
+from vtlab.errors import GuestLost, VtlabError, WrongState
 from vtlab_attacks.campaign import BROKEN, DESIGN, verdicts_on
 from vtlab_attacks.evidence import Control
 from vtlab_attacks.guest import Guest, boot, kernel_symbols
@@ -15,6 +16,13 @@ from vtlab_attacks.table import CONTROLS
 from vtlab_matrix.cells import BOOT, EVERY_ATTACK, EVERY_TRANSITION, Cell, Verdict
 from vtlab_matrix.outcome import Observation, Outcome
 from vtlab_matrix.timeline import Line, lines
+
+ENDED = [state_name(state) for state in serial.ENDED]
+
+
+def lost(problem: Exception) -> bool:
+    """Whether it says by the machine's state, not by a clock, that the guest never comes back."""
+    return isinstance(problem, GuestLost) or (isinstance(problem, WrongState) and problem.state in ENDED)
 
 
 class Recorder:
@@ -53,6 +61,7 @@ class CellRun:
 
     Attributes:
         recorder: of the machine that the verdict is about.
+        lost_guest: the machine's own state says that its guest never comes back; the laboratory is none the worse.
     """
 
     def __init__(self, lab: Lab, cell: Cell, policy: str = "") -> None:
@@ -64,6 +73,7 @@ class CellRun:
         self._broken: tuple[Observation, ...] = ()
         self._kept = 0
         self._attacking = False
+        self.lost_guest = False
 
     def run(self) -> Outcome:
         """Does it once."""
@@ -72,7 +82,9 @@ class CellRun:
             verdict, evidence = self._attack() if self._cell.kind == "attack" else self._move()
         except BROKEN as problem:
             evidence = Observation(name=self._cell.name, error=str(problem))
-            verdict = Verdict.UNCLEAR if self._attacking else Verdict.GUEST_BROKEN
+            self.lost_guest = lost(problem)
+            broken = self.lost_guest or not self._attacking
+            verdict = Verdict.GUEST_BROKEN if broken else Verdict.UNCLEAR
         return Outcome(
             cell=self._cell,
             verdict=verdict,
@@ -160,7 +172,7 @@ def run_cell(lab: Lab, cell: Cell, seed: int = 0, policy: str = "") -> tuple[Out
     random.seed(f"{seed} {cell}")
     one = CellRun(lab, cell, policy)
     outcome = one.run()
-    return outcome, not (one.recorder.lost or outcome.evidence.error)
+    return outcome, not one.recorder.lost and (one.lost_guest or not outcome.evidence.error)
 
 
 def not_run(cell: Cell, because: Outcome) -> Outcome:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from vtlab.client.names import state_name
-from vtlab.errors import GuestMisbehaved, TimedOut, WrongState
+from vtlab.errors import GuestLost, TimedOut, WrongState
 from vtlab.v1 import vmm_pb2
 
 ENDED = frozenset({vmm_pb2.MACHINE_STATE_STOPPED, vmm_pb2.MACHINE_STATE_FAILED})
@@ -96,7 +96,7 @@ class Observed:
             left: seconds left of the timeout, where some were spent before this call.
 
         Raises:
-            TimedOut, WrongState, GuestMisbehaved if the guest only resets itself any more, or what ended the stream.
+            TimedOut, WrongState, GuestLost if the guest only resets itself any more, or what ended the stream.
         """
         deadline = time.monotonic() + (timeout if left is None else left)
         with self._changed:
@@ -110,7 +110,7 @@ class Observed:
                 if until_end and self._silent_resets >= SILENT_RESETS:
                     reason = self._machine.reason or "no reason given"
                     detail = f"resets itself again and again ({reason}) and says nothing, so no {what} can come"
-                    raise GuestMisbehaved(self._subject, detail)
+                    raise GuestLost(self._subject, detail)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise TimedOut(self._subject, self._late(what, timeout), seconds=timeout)

@@ -30,6 +30,7 @@ HOLE = Hole(
 HOLES = Holes(holes=(HOLE,))
 GOOD = (attack(), transition(), attack(Verdict.SUCCEEDED, "none"))
 RED = [Verdict.SUCCEEDED, Verdict.GUEST_BROKEN, Verdict.UNCLEAR]
+EXPLAINED = (Verdict.SUCCEEDED, Verdict.GUEST_BROKEN)
 
 
 def test_a_good_run() -> None:
@@ -43,7 +44,7 @@ def test_a_run_of_nothing_is_not_good() -> None:
 @pytest.mark.parametrize("verdict", RED)
 def test_nothing_excuses_a_red_cell_of_vtl1(verdict: Verdict) -> None:
     everything = Holes(
-        holes=(HOLE.model_copy(update={"cells": (Pattern(designs=("*",), attacks=("*",), verdicts=tuple(RED)),)}),)
+        holes=(HOLE.model_copy(update={"cells": (Pattern(designs=("*",), attacks=("*",), verdicts=EXPLAINED),)}),)
     )
     report = Report((*GOOD, attack(verdict, name="cr4-smep")), everything)
     assert not report.passed
@@ -65,9 +66,10 @@ def test_an_explanation_for_a_cell_that_was_blocked_is_unused() -> None:
     assert "explanation" not in report.as_json()["cells"][0]
 
 
-def test_no_hole_may_explain_what_is_not_red() -> None:
-    with pytest.raises(ValidationError, match="a hole explains red cells"):
-        Pattern(designs=("none",), attacks=("*",), verdicts=(Verdict.BLOCKED,))
+@pytest.mark.parametrize("verdict", [Verdict.BLOCKED, Verdict.KEPT, Verdict.UNCLEAR])
+def test_no_hole_may_explain_what_went_well_or_is_not_known(verdict: Verdict) -> None:
+    with pytest.raises(ValidationError, match="a hole explains what succeeded or broke the guest"):
+        Pattern(designs=("none",), attacks=("*",), verdicts=(verdict,))
 
 
 def test_verdicts_follow_from_the_state_alone() -> None:

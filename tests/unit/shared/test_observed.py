@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vtlab.client.serial import SILENT_RESETS, Observed, SerialReader
-from vtlab.errors import GuestMisbehaved, TimedOut
+from vtlab.errors import GuestLost, TimedOut
 from vtlab.v1 import vmm_pb2
 from vtlab.v1.vcpu_pb2 import SerialOutput
 
@@ -23,7 +23,7 @@ def test_a_guest_that_only_resets_itself_is_not_waited_for() -> None:
     observed = Observed("machine 'a'")
     for generation in range(1, SILENT_RESETS + 2):
         reset(observed, generation)
-    with pytest.raises(GuestMisbehaved, match=r"resets itself again and again \(triple fault\) and says nothing"):
+    with pytest.raises(GuestLost, match=r"resets itself again and again \(triple fault\) and says nothing"):
         SerialReader(observed, 0).read_until("ready", timeout=60)
 
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.unit.vmm.fakes import FakeLevel
 from tests.waiting import wait_until
+from vmm.board import reset_wanted
 from vmm.machine import Machine
 from vmm.states import CREATED, FAILED, MOVES, PAUSED, RUNNING, STATES, STOPPED, Operation, after, state_name
 from vtlab.errors import GuestMisbehaved, NotFound, WrongState
@@ -109,6 +110,17 @@ def test_reset_request_resets_or_stops(
         return (description.state, description.generation) == (state, generation) and "0xcf9" in description.reason
 
     wait_until(ended)
+
+
+def test_a_reset_that_was_under_way_does_not_end_a_pause(machine_parts: Parts) -> None:
+    machine, _, _ = machine_parts
+    machine.start()
+    machine.pause()
+    machine._conclude(machine._board, reset_wanted(machine.spec, "0xcf9"))
+    assert (machine.describe().state, machine.describe().generation) == (PAUSED, 2)
+    assert machine._board.gate._places[0].name != "INSIDE"
+    machine.resume()
+    wait_until(lambda: machine._board.gate._places[0].name == "INSIDE")
 
 
 class Lifecycle(RuleBasedStateMachine):
