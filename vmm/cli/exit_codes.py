@@ -41,6 +41,7 @@ OF_ERROR: dict[type[errors.VtlabError], ExitCode] = {
     errors.Cancelled: ExitCode.UNAVAILABLE,
     errors.TimedOut: ExitCode.TIMED_OUT,
     errors.GuestMisbehaved: ExitCode.GUEST_FAILED,
+    errors.GuestLost: ExitCode.GUEST_FAILED,
     errors.InternalError: ExitCode.INTERNAL,
 }
 
