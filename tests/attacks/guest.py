@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vtlab.client import Lab, Machine, filters
 from vtlab.client.driver import READY, Driver
+from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
+from vtlab.errors import GuestLost
 from vtlab_attacks.kernels import file, images, kernel, kernel_symbols
 
 RAM = 64 << 20
 DISK = 16 << 20
 BOOT_TIMEOUT = 60.0  # seconds
+# What a kernel says last that does not start.
+GAVE_UP = re.compile(r"selfguard: (stopped|deprivileging failed[^\n]*)\n")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def boot(
         at_end: gets the machine before it is destroyed, however its guest ended.
 
     Raises:
-        TimedOut, WrongState: the guest did not come up; its log is in the message.
+        TimedOut, WrongState, GuestLost: the guest did not come up; what it said is in the message.
     """
     symbols = kernel_symbols()
     line = f"protect={_PROTECT.get(design, design)}" if protected else "heki=0"
@@ -85,7 +90,10 @@ def boot(
             if policy:
                 lab.policy.set(machine, policy)
             machine.start()
-            machine.wait_serial(READY, timeout=BOOT_TIMEOUT)
+            log = machine.serial_reader(0)
+            came, said = read_first([(log, READY), (log, GAVE_UP)], BOOT_TIMEOUT)
+            if came == 1:
+                raise GuestLost(f"machine '{machine.name}'", f"says: {said.splitlines()[-1]}")
             yield Guest(machine, Driver(machine), symbols, protected, design)
         finally:
             if at_end:

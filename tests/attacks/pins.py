@@ -20,8 +20,6 @@ PATCH_GUARD = 'PatchGuard, "system call MSRs" (Skape, Skywing 2005)'
 # A segment of AMD64's save area: selector u16, attributes u16 without a gap, limit u32, base u64.
 LDTR, TR = 0x70, 0x90
 LIMIT, BASE = 4, 8
-# Present, an LDT.
-LDT = 0x82 << 16 | 0x28
 
 
 def set_bit(number: int, bit: Cr0 | Cr4, symbol: str) -> partial[Evidence]:
@@ -29,9 +27,7 @@ def set_bit(number: int, bit: Cr0 | Cr4, symbol: str) -> partial[Evidence]:
     return partial(_set_bit, number, bit, symbol)
 
 
-def _set_bit(
-    number: int, bit: Cr0 | Cr4, symbol: str, machine: Machine, driver: Driver, symbols: Symbols
-) -> Evidence:
+def _set_bit(number: int, bit: Cr0 | Cr4, symbol: str, machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     def held() -> int:
         return int(bool(register(machine, f"cr{number}") & bit))
 
@@ -68,30 +64,31 @@ def forge_tr(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
 
 
 def forge_ldtr(machine: Machine, _driver: Driver, symbols: Symbols) -> Evidence:
-    """Three SMIs give LDTR a limit, a base in user memory, and a descriptor that is present: segments of its own."""
-    base = symbols["user_payload"]
+    """Two SMIs give LDTR a base in user memory and a limit: descriptors of the attacker's own."""
+    base, limit = symbols["user_payload"], 0xFFF
 
     def steps(attempts: Attempts) -> None:
-        for field, value in ((LIMIT, 0xFFF), (BASE, base), (0, LDT)):
+        for field, value in ((BASE, base), (LIMIT, limit)):
             if not attempts.denials:
                 run_smi(machine, attempts, POKE, value, SMRAM + SAVE_AREA + LDTR + field)
 
     def held() -> tuple[int, int]:
-        ldtr = machine.registers().ldtr
-        return ldtr.base, ldtr.attributes & 0x80
+        return machine.registers().ldtr.base, machine.registers().ldtr.limit
 
     return observe(
-        "LDTR base, and whether it is present",
+        "LDTR base and limit",
         held,
         steps,
         symbols,
-        lambda _, after: after == (base, 0x80),
-        lambda seen: f"{seen[0]:#x}, {'yes' if seen[1] else 'no'}",
+        lambda _, after: after == (base, limit),
+        lambda seen: " ".join(map(hex, seen)),
     )
 
 
 TRANSITION_ATTACKS = [
-    Attack("cr0-ne", "Clears CR0.NE: faults of the FPU arrive as an interrupt of the PIC", SDM, clear_bit("cr0", Cr0.NE)),
+    Attack(
+        "cr0-ne", "Clears CR0.NE: faults of the FPU arrive as an interrupt of the PIC", SDM, clear_bit("cr0", Cr0.NE)
+    ),
     Attack("cr0-cache-disabled", "Sets CR0.CD", SDM, set_bit(0, Cr0.CD, "gadget_mov_cr0")),
     Attack("rsm-paging-off", "RSM loads CR0 without PG", SEAN_SMM, forge("CR0.PG", CR0, "cr0", Cr0.PG)),
     Attack("rsm-forged-tr", "RSM moves the TSS to attacker memory", SEAN_SMM, forge_tr),
@@ -107,7 +104,9 @@ TRANSITION_ATTACKS = [
     Attack("msr-sfmask", "Has SYSCALL leave IF, DF and AC as they are", LOCK_REGS, write_msr(Msr.SFMASK, 0)),
     Attack("msr-sysenter-cs", "Has SYSENTER load another selector", LOCK_REGS, write_msr(Msr.SYSENTER_CS, 0x18)),
     Attack(
-        "msr-sysenter-esp", "Has SYSENTER take a stack of the attacker's", LOCK_REGS,
+        "msr-sysenter-esp",
+        "Has SYSENTER take a stack of the attacker's",
+        LOCK_REGS,
         write_msr(Msr.SYSENTER_ESP, DRIVER_WINDOW + 0x1000),
     ),
 ]

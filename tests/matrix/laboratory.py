@@ -43,12 +43,12 @@ class Laboratory:
         self.close()
 
     def run(self, task: Task) -> Outcome:
-        """Runs a cell. One that says nothing because its laboratory broke or was too slow is done once more in another.
+        """Runs a cell. One that was not carried out since its laboratory broke or was too slow is done again in another.
 
         The outcome of the second then counts, and tells of the first.
         """
         first, fit = self._once(task)
-        if fit or first.verdict is not Verdict.UNCLEAR:
+        if fit or not first.evidence.error:
             return first
         second, _ = self._once(task)
         return second.model_copy(update={"earlier": first.evidence.error, "seconds": first.seconds + second.seconds})

@@ -1,4 +1,5 @@
-"""Is each rule of the policy needed? With one rule removed, at least one cell has to turn red.
+"""Is each rule of the policy needed? With one rule removed, at least one cell has to turn red: an attack succeeds, or the
+guest does not start or loses something legitimate.
 
 A rule is what can be taken out of the policy by itself: one bit of a control register, one MSR, one range of memory,
 one key of a further section. What is only watched refuses nothing, so it is none.
@@ -16,11 +17,14 @@ import yaml
 from vtlab.errors import BadArgument
 from vtlab_attacks.campaign import DESIGN
 from vtlab_attacks.guest import kernel_symbols
-from vtlab_matrix.cells import BOOT, EVERY_ATTACK, Cell, Verdict
+from vtlab_matrix.cells import BOOT, EVERY_ATTACK, EVERY_TRANSITION, Cell, Verdict
 from vtlab_matrix.laboratory import Task
 from vtlab_matrix.matrix import Runner
 from vtlab_matrix.outcome import Outcome
 
+RED = (Verdict.SUCCEEDED, Verdict.GUEST_BROKEN)
+BATCH = 8  # cells that are tried together, where nothing says which would turn red
+REFUSED_POLICY = "deprivileging failed: policy taken"  # by VTL1, in the guest's log
 POLICY_SECTION = ".vtlab.policy"
 # What the policy says about itself, and what follows a refusal: not what is refused.
 NO_RULES = ("version", "name", "violation", "services", "actions")
@@ -89,7 +93,8 @@ def run_mutations(
 ) -> dict[str, list[Outcome]]:
     """Which cells turn red without which rule, by the rule's name.
 
-    Attacks that met the rule are tried first; all others only if none of those turns red.
+    First the guest starts and does what is legitimate; then attacks that met the rule are tried, then all others, then
+    all transitions, until something is red.
 
     Args:
         patterns: names of rules, as of fnmatch.
@@ -105,35 +110,45 @@ def run_mutations(
         if not any(fnmatchcase(name, pattern) for name in every):
             raise BadArgument(f"--mutate {pattern}", f"matches none of {', '.join(every)}")
     chosen = {name: one for name, one in every.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    cells = [Cell(design=DESIGN, kind="transition", name=BOOT)]
-    cells += [
+    boot = Cell(design=DESIGN, kind="transition", name=BOOT)
+    attack_cells = [
         Cell(design=DESIGN, kind="attack", name=name)
         for name in EVERY_ATTACK
         if any(fnmatchcase(name, pattern) for pattern in attacks)
     ]
-    names = {one: name for name, one in chosen.items()}
-    red: dict[str, list[Outcome]] = {name: [] for name in chosen}
-    usual: dict[Cell, Outcome] = {}
-    for outcome in runner.run([Task(cell, text) for cell in cells]):
-        on_outcome(outcome)
-        usual[outcome.cell] = outcome
-    cells = [cell for cell in cells if not usual[cell].verdict.red]
-    for mutated, name in names.items():
-        met = [cell for cell in cells if cell.kind == "transition" or _met(name, usual[cell])]
-        for some in (met, [cell for cell in cells if cell not in met]):
-            for outcome in [] if red[name] else list(runner.run([Task(cell, mutated) for cell in some])):
-                on_outcome(outcome)
-                if outcome.verdict.red and not _no_policy(outcome):
-                    red[name].append(outcome)
+    moves = [Cell(design=DESIGN, kind="transition", name=name) for name in EVERY_TRANSITION]
+
+    def run(cells: Sequence[Cell], with_policy: str) -> list[Outcome]:
+        outcomes = list(runner.run([Task(cell, with_policy) for cell in cells]))
+        for outcome in outcomes:
+            on_outcome(outcome)
+        return outcomes
+
+    usual = {one.cell: one for one in run([boot, *attack_cells], text)}
+    good = [cell for cell in attack_cells if not usual[cell].verdict.red]
+    red: dict[str, list[Outcome]] = {}
+    for name, mutated in chosen.items():
+        met = [cell for cell in good if _met(name, usual[cell])]
+        met += [cell for cell in moves if name.rpartition(": ")[2] in cell.name]
+        others = [cell for cell in good if cell not in met]
+        for cells in ([boot], met, *batched(others, BATCH), *batched(moves, BATCH)):
+            red[name] = [one for one in run(cells, mutated) if one.verdict in RED and not _no_policy(one)]
+            if red[name]:
+                break
     return red
+
+
+def batched(cells: Sequence[Cell], size: int) -> Iterator[Sequence[Cell]]:
+    """Parts of a list."""
+    return (cells[at : at + size] for at in range(0, len(cells), size))
 
 
 def _met(name: str, usual: Outcome) -> bool:
     """Whether the attack met that rule, by what VTL1 said when it refused. Those that did are tried first."""
     rule = name.rpartition(": ")[2].partition(" must_be")[0].partition(".")[0]
-    return any(refused.startswith(f"{rule}: ") for refused in usual.rules)
+    return any(refused.startswith(f"{rule}: ") for refused in usual.rules) or f": {rule} " in usual.evidence.denial
 
 
 def _no_policy(outcome: Outcome) -> bool:
-    """What is left is no policy that the guest can start with: that says nothing of the rule."""
-    return outcome.verdict is Verdict.GUEST_BROKEN and bool(outcome.evidence.error)
+    """VTL1 refuses what is left, so it is no policy: that says nothing of the rule."""
+    return REFUSED_POLICY in outcome.log
