@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from vtlab.client.driver import COMMAND_PORT, READY, Driver
 from vtlab.client.machine import Machine
+from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
+from vtlab.errors import GuestLost
 from vtlab.services import HIBERNATION_HEADER, HIBERNATION_MAGIC, SEALED_STATE_HEADER, SEALED_STATE_MAGIC
 from vtlab.v1 import vmm_pb2
 from vtlab.x86.registers import Cr4
@@ -27,7 +29,7 @@ from vtlab_attacks.state import PAGE, memory, register, show_bytes
 TO_DISK = 4
 SAVED_CR4 = 16  # in struct hibernated of vtl0_guest/kernels/selfguard/hibernate.c
 AWAKE = "selfguard: awake, from the image"
-UP = re.compile(rf"{AWAKE}|{READY}")
+UP, DOWN = re.compile(rf"{AWAKE}|{READY}"), re.compile(r"oops: [^\n]*cpl=0")
 OFF = "switched off by ACPI S4"
 MARK, EARLIER, LATER = b"before the image", b"of an earlier night", b"behind the image"
 
@@ -46,11 +48,17 @@ def switch_off(machine: Machine) -> None:
 
 
 def switch_on(machine: Machine) -> str:
-    """What the kernel says until it waits for commands again, awake or started anew."""
+    """What the kernel says until it waits for commands again, awake or started anew.
+
+    Raises:
+        GuestLost: it broke down while it woke.
+    """
     log, answers = machine.serial_reader(0, from_now=True), machine.serial_reader(COMMAND_PORT, from_now=True)
     machine.reset()
     machine.wait_state(vmm_pb2.MACHINE_STATE_RUNNING, timeout=BOOT_TIMEOUT)
-    said = log.read_until(UP, BOOT_TIMEOUT)
+    came, said = read_first([(log, UP), (log, DOWN)], BOOT_TIMEOUT)
+    if came == 1:
+        raise GuestLost(f"machine '{machine.name}'", f"its kernel broke down: {said.splitlines()[-1]}")
     if AWAKE in said:
         answers.read_line(BOOT_TIMEOUT)
     return said

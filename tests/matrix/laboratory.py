@@ -43,9 +43,9 @@ class Laboratory:
         self.close()
 
     def run(self, task: Task) -> Outcome:
-        """Runs a cell. One that was not carried out since its laboratory broke or was too slow is done again in another.
+        """Runs a cell. What was not carried out, since its laboratory broke or was too slow, is done again in another.
 
-        The outcome of the second then counts, and tells of the first.
+        The second outcome counts, and tells of the first.
         """
         first, fit = self._once(task)
         if fit or not first.evidence.error:

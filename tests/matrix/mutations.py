@@ -1,5 +1,5 @@
-"""Is each rule of the policy needed? With one rule removed, at least one cell has to turn red: an attack succeeds, or the
-guest does not start or loses something legitimate.
+"""Is each rule of the policy needed? With one rule removed, at least one cell has to turn red: an attack succeeds, or
+the guest does not start or loses something legitimate.
 
 A rule is what can be taken out of the policy by itself: one bit of a control register, one MSR, one range of memory,
 one key of a further section. What is only watched refuses nothing, so it is none.
