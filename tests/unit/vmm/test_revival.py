@@ -199,7 +199,7 @@ def test_a_level_that_was_started_anew_is_a_reset(vmm: Vmm, state: vmm_pb2.Machi
 
     machine = lose().get("vm")
     described = machine.describe()
-    assert (described.state, described.generation) == (RUNNING, 2)
+    assert (described.state, described.generation) == (state, 2), "what was paused waits on"
     assert "is lost" in described.reason
     reasons = [event.state.reason for event in machine.events.kept([vmm_pb2.EVENT_KIND_STATE])]
     assert "is lost" in reasons[-1]
