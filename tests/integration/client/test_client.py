@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.client.toy import ToyMonitor, ToyVmm
 from vtlab.channels import BoundServer, ServerConfig, serve
-from vtlab.client import Addresses, Lab, Machine, connect
+from vtlab.client import Addresses, Lab, Machine, calls, connect
 from vtlab.errors import (
     AlreadyExists,
     BadArgument,
@@ -170,7 +170,9 @@ def test_lost_events_are_told(machine: Machine) -> None:
         machine.wait_serial("more", timeout=0.01)
 
 
-def test_a_vmm_that_dies_ends_the_waiting(lab: Lab, vmm_server: BoundServer) -> None:
+def test_a_vmm_that_dies_ends_the_waiting(lab: Lab, vmm_server: BoundServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it was away for longer than a restart may take, which is a second here."""
+    monkeypatch.setattr(calls, "RESTART_BUDGET", 1.0)
     machine = lab.create(b"image")
     machine.start()
     timer = threading.Timer(0.2, vmm_server.stop, [0])
