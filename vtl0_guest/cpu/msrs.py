@@ -31,6 +31,7 @@ _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 _MICROCODE, _MTRR_CAP, _MTRR_DEF, _SYSCFG, _HWCR, _VM_CR = 0x8B, 0xFE, 0x2FF, 0xC0010010, 0xC0010015, Msr.VM_CR
 MCG_CAP, MCG_STATUS, _NB_CFG = 0x179, 0x17A, 0xC001001F
 MC0 = MC0_CTL, MC0_STATUS, MC0_ADDR, MC0_MISC = range(0x400, 0x404)
+_MC_STATUS_WRITABLE = 1 << 18  # of HWCR
 FIRST_COUNTER, COUNTERS = 0xC0010004, 4
 _ALL = (1 << 64) - 1
 SHADOWS: dict[int, tuple[int, int]] = {
@@ -112,12 +113,22 @@ def check(context: Context, index: int, value: int) -> int:
         return value & 0xFFFF_FFFF
     if index == Msr.SYSENTER_CS:
         return value & 0xFFFF
-    if index in READ_ONLY:
+    if index in READ_ONLY or not _machine_check_takes(context, index, value):
         raise general_protection()
     if index in SHADOWS:
         writable = SHADOWS[index][1]
         return value & writable | context.shadows[index] & ~writable
     return value
+
+
+def _machine_check_takes(context: Context, index: int, value: int) -> bool:
+    """Errors are all reported or none (Intel SDM volume 3, IA32_MCi_CTL).
+
+    A status is only cleared, unless HWCR.McStatusWrEn is set (AMD APM volume 2, MCi_STATUS).
+    """
+    if index == MC0_CTL:
+        return value in (0, _ALL)
+    return index != MC0_STATUS or not value or bool(context.shadows[_HWCR] & _MC_STATUS_WRITABLE)
 
 
 def write(context: Context, index: int, value: int) -> None:

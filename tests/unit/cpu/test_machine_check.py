@@ -85,7 +85,33 @@ def test_a_second_one_before_the_first_is_dealt_with_is_a_shutdown(machine: Mach
     assert "in progress" in run(machine, ERROR, ERROR).shutdown.cause
 
 
+def write_msr(index: int, low: int, high: int) -> str:
+    return f"mov ecx, {index}; mov eax, {low}; mov edx, {high}; wrmsr"
+
+
 def test_the_bank_is_read_and_written_as_registers(machine: Machine) -> None:
-    machine.boot("mov ecx, 0x179; rdmsr; mov ebx, eax; mov ecx, 0x401; mov eax, 7; xor edx, edx; wrmsr; rdmsr; vmmcall")
+    """A status other than 0 where HWCR.McStatusWrEn is set."""
+    machine.boot(
+        f"mov ecx, 0x179; rdmsr; mov ebx, eax; {write_msr(0xC0010015, 1 << 18, 0)}; {write_msr(0x401, 7, 0)};"
+        "rdmsr; vmmcall"
+    )
     registers = run(machine).registers
     assert (registers.rbx & 0xFF, registers.rax) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("index", "low", "high", "refused"),
+    [
+        (0x400, 0, 0, False),
+        (0x400, 0xFFFFFFFF, 0xFFFFFFFF, False),
+        (0x400, 0xFFFFFFFF, 0, True),
+        (0x401, 0, 0, False),
+        (0x401, 1, 0, True),
+        (0x401, 0, 0x80000000, True),
+        (0x402, 1, 1, False),
+    ],
+)
+def test_what_the_bank_does_not_take_is_gp(machine: Machine, index: int, low: int, high: int, refused: bool) -> None:
+    machine.handler(13, "mov ebx, 13; vmmcall")
+    machine.boot(f"xor ebx, ebx; {write_msr(index, low, high)}; vmmcall")
+    assert run(machine).registers.rbx == (13 if refused else 0)
