@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from vtlab.client.driver import ANSWER_TIMEOUT, COMMAND_PORT, Driver, parse
+from vtlab.client.driver import Driver, parse
 from vtlab.client.machine import Machine
-from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
 from vtlab.x86.registers import Msr
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, observe
@@ -24,14 +23,14 @@ def syscall_hook(target: int) -> bytes:
 
 def move_lstar(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
     driver.write_bytes(DRIVER_WINDOW, syscall_hook(symbols["syscall_entry"]))
-    log, answers = machine.serial_reader(0, from_now=True), machine.serial_reader(COMMAND_PORT, from_now=True)
+    log = machine.serial_reader(0, from_now=True)
 
     def steps(attempts: Attempts) -> None:
         # Where the hook may not be executed, the SYSCALL that answers is the kernel's end; LSTAR is what it is.
-        machine.write_serial(COMMAND_PORT, f"call {symbols['wrmsr']:#x} {Msr.LSTAR:#x} {DRIVER_WINDOW:#x}\n")
-        came, said = read_first([(answers, "\n"), (log, STOPPED)], ANSWER_TIMEOUT)
-        if came == 0:
-            attempts.step(parse, said.rstrip())
+        command = f"call {symbols['wrmsr']:#x} {Msr.LSTAR:#x} {DRIVER_WINDOW:#x}"
+        answer = driver.command_unless(command, log, STOPPED)
+        if answer is not None:
+            attempts.step(parse, answer)
 
     return observe(
         "LSTAR", lambda: msr(machine, Msr.LSTAR), steps, symbols, lambda _, after: after == DRIVER_WINDOW, hex

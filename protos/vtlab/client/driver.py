@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vtlab.client.serial import Pattern, SerialReader, read_first
 from vtlab.x86.registers import Vector
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ class Driver:
     def command(self, line: str, timeout: float = ANSWER_TIMEOUT) -> str:
         """One command line, its answer line."""
         return self.commands([line], timeout)[0]
+
+    def command_unless(
+        self, line: str, log: SerialReader, ending: Pattern, timeout: float = ANSWER_TIMEOUT
+    ) -> str | None:
+        """One command line, its answer line; None if `log` says `ending` first, since the guest did not survive it."""
+        self.machine.write_serial(COMMAND_PORT, f"{line}\n")
+        came, said = read_first([(self._answers, "\n"), (log, ending)], timeout)
+        return None if came else said.rstrip()
 
     def commands(self, lines: Sequence[str], timeout: float = ANSWER_TIMEOUT) -> list[str]:
         """Many command lines, typed ahead of their answers."""

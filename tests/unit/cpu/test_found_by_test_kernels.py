@@ -15,12 +15,13 @@ def test_icebp_is_a_trap_like_debug_exception(guest: Guest) -> None:
     assert guest.frame(1) == [CODE + 1]
 
 
-@pytest.mark.parametrize("msr", [0x179, 0x17A])
-def test_machine_check_msrs_exist_where_cpuid_says_so(guest: Guest, msr: int) -> None:
+@pytest.mark.parametrize(("msr", "value"), [(0x179, 1), (0x17A, 0)])
+def test_machine_check_msrs_exist_where_cpuid_says_so(guest: Guest, msr: int, value: int) -> None:
+    """One bank."""
     guest.long_mode(f"mov ecx, {msr:#x}; mov eax, -1; mov edx, -1; rdmsr; vmmcall")
     assert guest.run() == "hypercall"
     assert guest.exit.registers.rip > CODE
-    assert (guest.exit.registers.rax, guest.exit.registers.rdx) == (0, 0)
+    assert (guest.exit.registers.rax, guest.exit.registers.rdx) == (value, 0)
 
 
 def test_misc_enable_keeps_what_is_written(guest: Guest) -> None:
