@@ -90,7 +90,13 @@ TRANSITION_ATTACKS = [
         "cr0-ne", "Clears CR0.NE: faults of the FPU arrive as an interrupt of the PIC", SDM, clear_bit("cr0", Cr0.NE)
     ),
     Attack("cr0-cache-disabled", "Sets CR0.CD", SDM, set_bit(0, Cr0.CD, "gadget_mov_cr0")),
-    Attack("rsm-paging-off", "RSM loads CR0 without PG", SEAN_SMM, forge("CR0.PG", CR0, "cr0", Cr0.PG)),
+    Attack(
+        "rsm-paging-off",
+        "RSM loads CR0 without PG",
+        SEAN_SMM,
+        forge("CR0.PG", CR0, "cr0", Cr0.PG),
+        impossible_unprotected="nothing is at the physical address of the next instruction: a triple fault follows",
+    ),
     Attack("rsm-forged-tr", "RSM moves the TSS to attacker memory", SEAN_SMM, forge_tr),
     Attack("rsm-forged-ldtr", "RSM loads an LDT in user memory", SEAN_SMM, forge_ldtr),
     Attack(

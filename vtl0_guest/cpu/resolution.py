@@ -202,6 +202,9 @@ class Resolver:
         return None
 
     def _complete(self, operation: Operation, resolution: vcpu_pb2.Resolution) -> Operation | None:
+        if operation.event is not None:
+            # A gate, a TSS or a stack where nothing is: all ones make no gate, and no frame is kept.
+            return self._deny(operation, vcpu_pb2.Resolution())
         if operation.complete is None:
             raise CannotEmulate(f"{operation.exit.WhichOneof('reason')} cannot be completed by the core")
         operation.complete(resolution.value)
