@@ -73,7 +73,9 @@ def forge_ldtr(machine: Machine, _driver: Driver, symbols: Symbols) -> Evidence:
                 run_smi(machine, attempts, POKE, value, SMRAM + SAVE_AREA + LDTR + field)
 
     def held() -> tuple[int, int]:
-        return machine.registers().ldtr.base, machine.registers().ldtr.limit
+        """No LDT has base 0; its limit is FFFFh after RESET and 0 after LLDT of a null selector, and says nothing."""
+        ldtr = machine.registers().ldtr
+        return (ldtr.base, ldtr.limit) if ldtr.base else (0, 0)
 
     return observe(
         "LDTR base and limit",
