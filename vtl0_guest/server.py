@@ -60,9 +60,9 @@ class CoreLevel:
             if request.HasField("reference"):
                 clock = request.reference
                 self._core.reference.adopt(clock.scale, clock.offset, clock.tsc_hz)
+            processors = [self._core.processor(index) for index in range(request.vp_count)]
+            processors[0].load_state(state)
             undo.pop_all()
-        processors = [self._core.processor(index) for index in range(request.vp_count)]
-        processors[0].load_state(state)
         self.processors: Sequence[Processor] = processors
         if spans is not None:
             self.processors = [OutsideProcessor(one, spans) for one in self.processors]

@@ -17,6 +17,8 @@ from vtlab_attacks.state import DRIVER_WINDOW, msr, register
 SDM = "Intel SDM volume 3, CR0 (CD, NE)"
 LOCK_REGS = "LVBS LOCK_REGS"
 PATCH_GUARD = 'PatchGuard, "system call MSRs" (Skape, Skywing 2005)'
+# STAR[63:32] as selfguard sets them (vtl0_guest/kernels/selfguard/syscalls.c).
+SELECTORS = 0x001B_0008
 # A segment of AMD64's save area: selector u16, attributes u16 without a gap, limit u32, base u64.
 LDTR, TR = 0x70, 0x90
 LIMIT, BASE = 4, 8
@@ -107,7 +109,13 @@ TRANSITION_ATTACKS = [
         HEKI,
         set_bit(4, Cr4.TSD, "write_cr4"),
     ),
-    Attack("msr-star", "Has SYSCALL load other selectors", PATCH_GUARD, write_msr(Msr.STAR, 0x0010_0018 << 32)),
+    # Other selectors would end the guest at its next interrupt, before or after it answers; so the 32-bit target it is.
+    Attack(
+        "msr-star",
+        "Points SYSCALL of legacy mode at attacker memory",
+        PATCH_GUARD,
+        write_msr(Msr.STAR, SELECTORS << 32 | DRIVER_WINDOW & 0xFFFF_FFFF),
+    ),
     Attack("msr-cstar", "Points CSTAR at attacker memory", PATCH_GUARD, write_msr(Msr.CSTAR, DRIVER_WINDOW)),
     Attack("msr-sfmask", "Has SYSCALL leave IF, DF and AC as they are", LOCK_REGS, write_msr(Msr.SFMASK, 0)),
     Attack("msr-sysenter-cs", "Has SYSENTER load another selector", LOCK_REGS, write_msr(Msr.SYSENTER_CS, 0x18)),

@@ -7,6 +7,7 @@ import mmap
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -120,62 +121,68 @@ class Core:
         self.platform = platform
         self.vtl = vtl
         self.nested = NestedTable(ram.size, ram.size, vp_count)
-        self.turns = self._new_turns(seed)
-        self._ram = ram
-        self._overlay = mmap.mmap(-1, PAGE_SIZE)
-        self._overlay[:] = hypercall_page.content()
-        self._overlay_page: int | None = None
-        # What each page has, so that taking an overlay away restores it.
-        self._under_overlay: tuple[int, int] = (0, 0)
-        regions = [
-            Region(_BASES[file], ram.size, _address(view), not memoryview(view).readonly)
-            for file, view in ram.views.items()
-        ]
-        regions.append(Region(EXTRA_BASE, PAGE_SIZE, _address(self._overlay), False))
-        self._smram = Smram(self.nested)
-        regions.append(Region(SMRAM_BASE, smram.SIZE, _address(self._smram.buffer), True))
-        scratch = mmap.mmap(-1, MAX_DETOURS * PAGE_SIZE)
-        self.scratch = memoryview(scratch)
-        regions.append(Region(SCRATCH_BASE, len(scratch), _address(scratch), True))
-        views: list[memoryview | None] = [None] * 16
-        for file, view in ram.views.items():
-            views[_BASES[file] >> REGION_SHIFT] = memoryview(view)
-        views[SMRAM_BASE >> REGION_SHIFT] = memoryview(self._smram.buffer)
-        views[EXTRA_BASE >> REGION_SHIFT] = memoryview(self._overlay).toreadonly()
-        self._views = views
-        self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
-        self._physical = physical = PhysicalMemory(self.nested, views, self._stored)
-        partition = Partition(platform.clock, physical, vp_count, reference_start)
-        self.reference = partition.reference
-        self._processors = []
-        for index in range(vp_count):
-            engine = Engine(regions, self.nested, counts=seed is not None)
-            shadows = msrs.initial_shadows()
-            context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
-            context.random.seed(f"{seed} {index}")
-            context.show_smram = partial(self.show_smram, context)
-            self._processors.append(Processor(self, context))
-            self._hide_device_pages(context)
-            if index:
-                startup.init(context)
-        engines = [processor.context.engine for processor in self._processors]
-        if isinstance(self.turns, Schedule):
-            self.turns.count(engines)
-        self.coherence = Coherence(self.nested, engines, self._content)
-        self.carrier: int | None = None
-        self._closed = False
-        self.output_waits = False
-        self._timer_changed = threading.Condition()
-        self._rearmed = False
-        self._precedence_until: float | None = None
-        self._announcing = threading.Lock()
-        # When timers were set that the timer thread has not looked at yet: time.monotonic(), time.process_time().
-        self._set_at = 0.0, 0.0
-        platform.on_wake = self._wake
-        platform.on_deadline = self._rearm
-        self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
-        if not isinstance(self.turns, Schedule):
-            self._timer.start()
+        with ExitStack() as held:
+            self.turns = self._new_turns(seed)
+            self._ram = ram
+            self._overlay = mmap.mmap(-1, PAGE_SIZE)
+            self._overlay[:] = hypercall_page.content()
+            self._overlay_page: int | None = None
+            # What each page has, so that taking an overlay away restores it.
+            self._under_overlay: tuple[int, int] = (0, 0)
+            regions = [
+                Region(_BASES[file], ram.size, _address(view), not memoryview(view).readonly)
+                for file, view in ram.views.items()
+            ]
+            regions.append(Region(EXTRA_BASE, PAGE_SIZE, _address(self._overlay), False))
+            self._smram = Smram(self.nested)
+            regions.append(Region(SMRAM_BASE, smram.SIZE, _address(self._smram.buffer), True))
+            scratch = mmap.mmap(-1, MAX_DETOURS * PAGE_SIZE)
+            self.scratch = memoryview(scratch)
+            regions.append(Region(SCRATCH_BASE, len(scratch), _address(scratch), True))
+            views: list[memoryview | None] = [None] * 16
+            for file, view in ram.views.items():
+                views[_BASES[file] >> REGION_SHIFT] = memoryview(view)
+            views[SMRAM_BASE >> REGION_SHIFT] = memoryview(self._smram.buffer)
+            views[EXTRA_BASE >> REGION_SHIFT] = memoryview(self._overlay).toreadonly()
+            self._views = views
+            held.callback(self._release_views)
+            self.nested.map(0, self.nested.ram_pages, WRITABLE_BASE, _ALL)
+            self._physical = physical = PhysicalMemory(self.nested, views, self._stored)
+            held.callback(physical.close)
+            partition = Partition(platform.clock, physical, vp_count, reference_start)
+            self.reference = partition.reference
+            self._processors = []
+            for index in range(vp_count):
+                engine = Engine(regions, self.nested, counts=seed is not None)
+                held.callback(engine.close)
+                shadows = msrs.initial_shadows()
+                context = Context(index, vp_count, vtl, engine, physical, platform, shadows, partition)
+                context.random.seed(f"{seed} {index}")
+                context.show_smram = partial(self.show_smram, context)
+                self._processors.append(Processor(self, context))
+                self._hide_device_pages(context)
+                if index:
+                    startup.init(context)
+            engines = [processor.context.engine for processor in self._processors]
+            if isinstance(self.turns, Schedule):
+                self.turns.count(engines)
+            self.coherence = Coherence(self.nested, engines, self._content)
+            self.carrier: int | None = None
+            self._closed = False
+            self.output_waits = False
+            self._timer_changed = threading.Condition()
+            self._rearmed = False
+            self._precedence_until: float | None = None
+            self._announcing = threading.Lock()
+            # When timers were set that the timer thread has not looked at yet: time.monotonic(), time.process_time().
+            self._set_at = 0.0, 0.0
+            platform.on_wake = self._wake
+            platform.on_deadline = self._rearm
+            self._timer = threading.Thread(target=self._run_timer, name=f"vtl{vtl}-timer", daemon=True)
+            if not isinstance(self.turns, Schedule):
+                self._timer.start()
+            held.callback(self.turns.close)
+            self._held = held.pop_all()
 
     def _new_turns(self, seed: int | None) -> Turns | Schedule:
         if seed is None:
@@ -214,11 +221,11 @@ class Core:
             self._timer.join()
         self.platform.on_wake = lambda _vp_index: None
         self.platform.on_deadline = lambda: None
-        self.turns.close()
-        for processor in self._processors:
-            processor.context.engine.close()
         self._processors.clear()
-        self._physical.close()
+        self._held.close()
+
+    def _release_views(self) -> None:
+        """Else they would keep the memory mapped."""
         self.scratch.release()
         for view in self._views:
             if view is not None:

@@ -208,7 +208,7 @@ class Engine:
         probe_root = self._build_probe()
         uc.ctl_exits_enabled(True)  # without an `until` address, whose clean-up would walk the nested table
         uc.ctl_set_exits([])
-        first = uc.hook_add(UC_HOOK_INTR, lambda engine, _number, _data: engine.emu_stop())
+        first = self._add_hook(UC_HOOK_INTR, address_of("uc_emu_stop"))
         uc.msr_write(Msr.EFER, uc.msr_read(Msr.EFER) | Efer.SVME | Efer.NXE)  # NXE, or nested no-execute is ignored
         uc.msr_write(Msr.VM_HSAVE_PA, _HSAVE)
         uc.reg_write(
@@ -223,7 +223,7 @@ class Engine:
         self._locate(probe_root)
         if self.error_code != _PROBE_ERROR:
             raise EngineUnsupported(f"Unicorn engine: the probe ended with error {self.error_code:#x}")
-        uc.hook_del(first)
+        library.uc_hook_del(self._handle, ctypes.c_size_t(first))
         # Once more through the native hooks, with a nested CR3 that only they can put right.
         self._install_hooks()
         self.set_budget(native_hooks.UNLIMITED)
@@ -523,4 +523,4 @@ class Engine:
         self._memory.close()
         self.state.release()
         self.words.release()
-        del self._uc
+        del self._uc, self.vectors  # 1 GiB of address space goes now, and not when the collector looks
