@@ -44,6 +44,8 @@ SOCKET_PATH_LIMIT = 107  # bytes, sun_path of unix(7)
 SOCKETS = ("guest/vcpu.sock", "monitor/vcpu.sock", "monitor/clients.sock", "vmm/clients.sock")
 SHORT_BASE = "/tmp"  # noqa: S108 - only private folders are made in it
 
+_FOR_LEVELS = 0.75  # of the time that the VMM has to be back, what it may wait for a level
+
 # role -> the module whose main() serves it, in the order of their end: the VMM still speaks to the levels
 SERVERS = {Role.VMM: "vmm.server", Role.GUEST: "vtl0_guest.server", Role.MONITOR: "vtl1_monitor.server"}
 
@@ -113,7 +115,7 @@ def launch(
                 configs[role] = replace(configs[role], log_format=log_format, traces=traces)
             vmm = configs[Role.VMM]
             guest, monitor = between(Role.GUEST, vmm.guest), between(Role.MONITOR, vmm.monitor)
-            configs[Role.VMM] = replace(vmm, guest=guest, monitor=monitor)
+            configs[Role.VMM] = replace(vmm, guest=guest, monitor=monitor, restart_budget=timeout * _FOR_LEVELS)
             blob = _ship(rules)
 
             def start(role: Role) -> LocalProcess:

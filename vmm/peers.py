@@ -27,9 +27,8 @@ from vtlab.v1 import vcpu_pb2, vcpu_pb2_grpc
 from vtlab.v1.registers_pb2 import ProcessorState
 from vtlab.v1.vcpu_pb2 import AttachRequest, Enter, Exit, RunResponse
 
-# Seconds that Attach, Detach, Kick and GetState may take, and that a process which died may take to be back.
+# Seconds that Attach, Detach, Kick and GetState may take.
 CALL_TIMEOUT = 30.0
-RESTART_BUDGET = 45.0  # less than a laboratory gives the VMM itself to be back, which may wait for a level
 # Bytes of an exit of VTL0, whose process may be hostile: registers, an instruction, some KiB of serial output.
 MAX_GUEST_EXIT = 64 << 10
 
@@ -83,7 +82,7 @@ class RemoteLevel:
         vtl: int,
         name: str,
         patience: float | None = None,
-        restart_budget: float = RESTART_BUDGET,
+        restart_budget: float = 45.0,
     ) -> None:
         """Args:
         patience: seconds within which enter() must be answered; None for ever (a guest runs).

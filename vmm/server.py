@@ -43,7 +43,10 @@ class Levels:
         if key not in self._channels:
             reach = dial if present else channel_to
             self._channels[key] = reach(address, self._config.trust, Role.VMM, role)
-        return RemoteLevel(self._channels[key], vtl, f"{role} at {address}", MONITOR_PATIENCE if vtl else None)
+        patience = MONITOR_PATIENCE if vtl else None
+        return RemoteLevel(
+            self._channels[key], vtl, f"{role} at {address}", patience, restart_budget=self._config.restart_budget
+        )
 
     def close(self) -> None:
         for channel in self._channels.values():

@@ -74,6 +74,7 @@ class ServerConfig:
         log_format: of what it logs, see vtlab.logs.
         metrics: HOST:PORT for Prometheus, "" for none; see vtlab.metrics.
         traces: where spans of VTL switches go, "" for nowhere; see vtlab.traces.
+        restart_budget: for the VMM, seconds that a level may be away.
         workers: calls served at once, streams included; more are refused with RESOURCE_EXHAUSTED.
     """
 
@@ -85,6 +86,7 @@ class ServerConfig:
     guest: str = ""
     monitor: str = ""
     rules: Any = None
+    restart_budget: float = 45.0  # less than a client waits for a VMM that waits
     allow_any_address: bool = False
     log_format: str = LogFormat.TEXT.value
     metrics: str = ""

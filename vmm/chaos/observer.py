@@ -20,8 +20,8 @@ from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, START_MODE_LONG
 from vtlab.x86.registers import Cr0, Cr4, Msr
 
 RAM = 16 << 20
-# Seconds for the guest to boot, or to make progress after a fault; an unloaded machine needs tenths of a second.
-PATIENCE = 60.0
+# Seconds for the guest to boot, or to make progress after a fault; an unloaded machine needs tenths of one.
+PATIENCE = 180.0
 _INTERVAL = 0.02
 _LINE = re.compile(r"N([0-9a-f]{8})\n")
 

@@ -18,7 +18,7 @@ from vtlab.errors import Cancelled, PeerUnavailable, VtlabError
 from vtlab.status import never_sent, translated
 
 DEADLINE = 30.0  # seconds; every unary call of the contract answers far sooner or is lost
-RESTART_BUDGET = 30.0  # seconds that a server may be away
+RESTART_BUDGET = 60.0  # seconds that a server may be away; a VMM that is back waits for its levels meanwhile
 _PAUSE = 0.02  # seconds between attempts of a stream to go on
 _LASTING = 5.0  # seconds that no attempt takes whose server is away: a stream that lasted so long was served
 
