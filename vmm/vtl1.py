@@ -75,9 +75,12 @@ _ASKED: dict[str, Callable[[Board, Processor, Exit], Enter]] = {"protect": _prot
 
 
 def finish_reopened(board: Board, processor: Processor) -> VtlReturn | None:
-    """Has VTL1 end what a client had it do when the VMM died; what VTL0 had it do is taken up with VTL0's exit."""
+    """Has VTL1 end what a client had it do when the VMM died; what VTL0 had it do is taken up with VTL0's exit.
+
+    Guest code at VTL1 is entered by the thread of its vCPU, as before.
+    """
     reopened = processor.reopened
-    if reopened is None or reopened.cause:
+    if reopened is None or reopened.cause or board.guest_code:
         return None
     answer = _until_return(board, processor, processor.run_reopened(), reopened)
     processor.post(*take_updates(board, processor, answer))
