@@ -21,10 +21,13 @@ from vmm.hyperv_msrs import SyntheticMsrs
 from vmm.intercept_filter import Watched
 from vmm.ledger import Ledger
 from vmm.level import Level
-from vmm.memory import Memory
+from vmm.memory import WRITABLE, Memory
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, PartitionVtl
+from vtlab.errors import Refused
+from vtlab.hyperv.msrs import PAGE_ENABLE, PAGE_NUMBER_SHIFT
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, VsmProfile
+from vtlab.ram import PAGE_SIZE
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import RegisterName, RegisterValue
 from vtlab.v1.vcpu_pb2 import Enter, Exit, InterceptFilter, PageAccess, ProtectionUpdate, Resolution, StandDown, Update
@@ -40,6 +43,8 @@ _PROTECTION = (vmm_pb2.EVENT_KIND_PROTECTION,)
 # Switches between levels: they change nothing.
 _PASSING = frozenset({"call", "return"})
 _ALL = PageAccess(read=True, write=True, kernel_execute=True, user_execute=True)
+# What lies below a hypercall page where VTL0 can see sealed memory: INT3, as the unused rest of a hypercall page.
+_NOTHING_HIDDEN = b"\xcc" * PAGE_SIZE
 
 
 class Ending(NamedTuple):
@@ -148,6 +153,7 @@ class Board:
 
         Raises:
             BadArgument: see Memory.apply; what came before that update is done.
+            Refused: VTL0's hypercall page hides what is sealed now.
             TimedOut: a vCPU does not stop.
         """
         with self.gate.none_inside():
@@ -162,6 +168,22 @@ class Board:
                     self._record_protection(update)
                 self.ledger.commit(self, _PROTECTION)
                 self.memory.wipe()
+                self._check_hypercall_page(update)
+
+    def _check_hypercall_page(self, update: ProtectionUpdate) -> None:
+        """VTL0 must run and read what was sealed, not the hypercall page that it laid over it before.
+
+        Looked at when it is sealed: until then it may be changed. Guest code at VTL1 sees VTL0's MSR, and decides.
+        """
+        if self.guest_code or not self.msrs.hypercall & PAGE_ENABLE or not update.access.read:
+            return
+        page = self.msrs.hypercall >> PAGE_NUMBER_SHIFT
+        covered = any(first <= page < first + count for first, count in zip(*[iter(update.runs)] * 2, strict=True))
+        if not covered or self.memory.store(page) == WRITABLE:
+            return
+        if self.memory.read(page * PAGE_SIZE, PAGE_SIZE, VTL1) != _NOTHING_HIDDEN:
+            gpa = page * PAGE_SIZE
+            raise Refused(f"page {page:#x}", "VTL0's hypercall page hides what was sealed there", gpa=gpa)
 
     def _record_protection(self, update: ProtectionUpdate) -> None:
         kept = update

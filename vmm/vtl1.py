@@ -14,7 +14,7 @@ from vmm.intercept_filter import Watched
 from vmm.processor import Processor
 from vmm.vtl import VTL0, VTL1, may_call
 from vmm.vtl_switch import SKIP, UNDEFINED_OPCODE
-from vtlab.errors import BadArgument, GuestMisbehaved
+from vtlab.errors import BadArgument, GuestMisbehaved, Refused
 from vtlab.hyperv.status import HvStatus
 from vtlab.v1 import vcpu_pb2, vmm_pb2
 from vtlab.v1.registers_pb2 import MsrValue, RegisterValue
@@ -63,6 +63,8 @@ def _protect(board: Board, _processor: Processor, exit_: Exit) -> Enter:
         board.protect(exit_.protect.protections)
     except BadArgument:
         return Enter(status=HvStatus.INVALID_PARAMETER)
+    except Refused:
+        return Enter(status=HvStatus.OPERATION_DENIED)
     return Enter(status=HvStatus.SUCCESS)
 
 
@@ -91,7 +93,7 @@ def take_updates(board: Board, processor: Processor, answer: VtlReturn) -> list[
     """Applies what VTL1 wants for VTL0. Gives what concerns this vCPU alone, for its next enter.
 
     Raises:
-        BadArgument: page rights that cannot be given. VTL1 cannot be told any more, so the machine has to stop.
+        BadArgument, Refused: page rights that cannot be given. VTL1 cannot be told any more: the machine has to stop.
     """
     if answer.peers:
         with board.gate.none_inside() if answer.stop_all else nullcontext():

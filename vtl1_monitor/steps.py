@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 
 from vtl1_monitor.memory import GuestMemory
 from vtl1_monitor.rights import Change, Scattered
+from vtlab.hyperv.status import HvStatus
 from vtlab.v1 import vcpu_pb2
 
 Protect = vcpu_pb2.Protect
@@ -20,11 +21,15 @@ Steps = Generator[Request, int, int]
 Call.state; returns the result for R8."""
 
 
+_WHY = {HvStatus.OPERATION_DENIED: "VTL0's hypercall page hides one of the pages"}
+
+
 class ProtectFailed(Exception):
     """The VMM could not apply a protection. What holds now is unknown, so the machine fails closed."""
 
     def __init__(self, status: int) -> None:
-        super().__init__(f"protection was not applied: status {status:#x}")
+        why = _WHY.get(status, f"status {status:#x}")
+        super().__init__(f"protection was not applied: {why}")
         self.status = status
 
 

@@ -169,7 +169,7 @@ class SealedTarget(Target):
         if kind < 0.1:
             files["sealed"] = self._old["sealed"]
         elif kind < 0.2:
-            files["sealed"] = files["sealed"].replace(b"sealed 1", b"sealed 2", 1)
+            files["sealed"] = files["sealed"].replace(b"sealed 2", b"sealed 3", 1)
         elif kind < 0.25:
             del files[name]
         else:
