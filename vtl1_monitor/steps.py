@@ -21,7 +21,7 @@ Steps = Generator[Request, int, int]
 Call.state; returns the result for R8."""
 
 
-_WHY = {HvStatus.OPERATION_DENIED: "VTL0's hypercall page hides one of the pages"}
+_WHY: dict[int, str] = {HvStatus.OPERATION_DENIED: "VTL0's hypercall page hides one of the pages"}
 
 
 class ProtectFailed(Exception):
