@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vtlab.errors import InternalError
 
-VERSION = 1
+VERSION = 2
 # Event numbers that are reserved at once: readers of events must never see a number twice.
 BLOCK = 4096
 # What a damaged file makes of any statement: the words of SQLite's own complaint may come out of it.

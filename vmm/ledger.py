@@ -9,6 +9,7 @@ Transactions are made with Board.serving held, by the thread of a vCPU or of a c
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Names of the records of a machine.
 MACHINE, PARTITION, VCPU, PAGES = "machine", "partition", "vcpu/", "pages/"
+# Its content: how many transactions there were, this one included, u64.
+TRANSACTIONS, COUNT = "transactions", struct.Struct("<Q")
 # Events of one kind that the log drops before the journal does.
 _TRIM = 256
 
@@ -31,11 +34,13 @@ class Ledger:
 
     Attributes:
         dirty: something has changed since the last transaction.
+        transactions: how many the journal holds of the machine. Enters carry it, so that an old journal is noticed.
     """
 
-    def __init__(self, journal: Journal | None = None, vm: str = "") -> None:
+    def __init__(self, journal: Journal | None = None, vm: str = "", transactions: int = 0) -> None:
         """Without a journal nothing is kept, and transactions only publish events."""
         self.dirty = False
+        self.transactions = transactions
         self._journal = journal
         self._vm = vm
         self._written: dict[str, bytes] = {}
@@ -79,7 +84,9 @@ class Ledger:
             dropped = {kind: events.dropped(kind) for kind in kinds}
             due = {kind: row for kind, row in dropped.items() if row[0] >= self._trimmed.get(kind, 0) + _TRIM}
             if new or rows or forget:
-                self._journal.write(self._vm, new, rows, due, forget)
+                count = {TRANSACTIONS: COUNT.pack(self.transactions + 1)}
+                self._journal.write(self._vm, {**new, **count}, rows, due, forget)
+                self.transactions += 1
             self._trimmed |= {kind: row[0] for kind, row in due.items()}
             self._written |= {name: record for name, record in new.items() if not name.startswith(PAGES)}
 

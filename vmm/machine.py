@@ -36,7 +36,7 @@ from vmm.run_loop import run
 from vmm.states import CREATED, FAILED, PAUSED, RUNNING, STOPPED, Operation, after, state_name
 from vmm.tracing import SwitchTracer
 from vmm.vtl import VTL0, VTL1, PartitionVtl, VpVtl
-from vtlab.errors import BadImage, NotFound, TimedOut, VtlabError
+from vtlab.errors import BadImage, InternalError, NotFound, TimedOut, VtlabError
 from vtlab.hyperv.profiles import DEFAULT_PROFILE, PROFILES
 from vtlab.ram import TURN_FILE, RamFile, create_turn_file, link_to_stores, remove_machine
 from vtlab.v1 import vcpu_pb2, vmm_pb2
@@ -209,8 +209,14 @@ class Machine:
                     board.gate.release()
 
     def _reconnect(self, board: Board) -> None:
-        """Learns from the levels where each vCPU stands. Raises LevelLost, PeerUnavailable."""
+        """Learns from the levels where each vCPU stands. Raises LevelLost, PeerUnavailable, InternalError."""
         stands = {level.vtl: level.reconnect(self._attach_request(level, self._image)) for level in self.levels()}
+        seen, kept = (
+            max(enter.transactions for enters in stands.values() for enter in enters),
+            self._ledger.transactions,
+        )
+        if seen > kept:  # what it says of pages and levels is over, and to act on it would open what is protected
+            raise InternalError("the journal", f"is an old one: it ends with transaction {kept}, and {seen} was made")
         for processor in board.processors:
             upper = stands[VTL1][processor.index] if VTL1 in stands else None
             processor.reconnect(stands[VTL0][processor.index], upper)
@@ -509,7 +515,7 @@ class Machine:
         for device in optional.build(board):
             board.ports.add(device)
         processors += [
-            Processor(index, self._guest, self._monitor, gate, VpVtl(), board.serving, board.commit, self._ledger.touch)
+            Processor(index, self._guest, self._monitor, gate, VpVtl(), board.serving, board.commit, self._ledger)
             for index in range(spec.vp_count)
         ]
         wanted = self._design.filter()

@@ -81,7 +81,7 @@ class Machines:
         past = Past(self._journal, vm)
         guest = self._dial(0, present=False)  # the levels may have died with the VMM
         monitor = self._dial(1, present=False) if past.machine.machine.spec.vtl1 else None
-        ledger = Ledger(self._journal, vm)
+        ledger = Ledger(self._journal, vm, past.transactions)
         events = EventLog(vm, self._numbers, on_staged=ledger.touch, kept=past.events)
         self._machines[vm] = Machine.revived(past, self._directory / vm, guest, monitor, events, ledger, self._tracer)
 

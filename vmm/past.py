@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from vmm import plain
 from vmm.board import Board
 from vmm.events import Kept, is_complete
 from vmm.journal import Journal
-from vmm.ledger import MACHINE, PAGES, PARTITION, VCPU
+from vmm.ledger import COUNT, MACHINE, PAGES, PARTITION, TRANSACTIONS, VCPU
 from vmm.vtl import VTL0
 from vtlab.errors import InternalError
 from vtlab.v1.journal_pb2 import MachineRecord, PartitionRecord, VcpuRecord
@@ -23,6 +24,7 @@ _Record = TypeVar("_Record", bound=Message)
 class Past:
     """Attributes:
     machine: as it was.
+    transactions: how many were made of it.
     pages: see Memory.take_records.
     events: for EventLog.
     """
@@ -35,6 +37,10 @@ class Past:
         count = self.machine.machine.spec.vp_count
         self._vcpus = [self._parse(VcpuRecord, rows, f"{VCPU}{index}") for index in range(count)]
         self._partition = self._parse(PartitionRecord, rows, PARTITION)
+        try:
+            (self.transactions,) = COUNT.unpack(rows[TRANSACTIONS])
+        except (KeyError, struct.error):
+            raise self._damaged(TRANSACTIONS) from None
         self.pages = {int(name.removeprefix(PAGES)): row for name, row in rows.items() if name.startswith(PAGES)}
         kept, dropped = journal.events(vm)
         events = [self._parse_event(number, row) for number, row in enumerate(kept)]

@@ -14,6 +14,7 @@ from typing import TypeVar
 from vmm import plain
 from vmm.gate import Gate
 from vmm.intercept_filter import Watched
+from vmm.ledger import Ledger
 from vmm.level import Level
 from vmm.vtl import VTL0, VTL1, VpVtl
 from vtlab.v1 import vcpu_pb2
@@ -64,9 +65,9 @@ class Processor:
         vtl: VpVtl,
         serving: threading.RLock | None = None,
         commit: Callable[[], object] = lambda: None,
-        touch: Callable[[], object] = lambda: None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """The last three are of the board: the lock of who serves exits, Ledger.commit and Ledger.touch."""
+        """The last three are of the board: the lock of who serves exits, Board.commit, and the ledger."""
         self.index = index
         self.vtl = vtl
         self.watched = Watched(InterceptFilter())
@@ -80,7 +81,8 @@ class Processor:
         self._gate = gate
         self._serving = serving or threading.RLock()
         self._commit = commit
-        self._touch = touch
+        self._ledger = ledger or Ledger()
+        self._touch = self._ledger.touch
         self._first: Enter | None = None
         self._found_inside = False
         self._answer = Enter()
@@ -203,6 +205,7 @@ class Processor:
             self._gate.back_out(self.index)  # who serves may wait for this vCPU to be outside
             with self._serving:
                 self._leave_with(enter, vtl)
+        enter.transactions = self._ledger.transactions
         if kick_first:
             self._entered.kick(self.index, enter.sequence)
 
@@ -297,6 +300,7 @@ class Processor:
         self._monitor_sequence += 1
         enter.vp_index = self.index
         enter.sequence = self._monitor_sequence
+        enter.transactions = self._ledger.transactions
         return self._require_monitor().enter(enter)
 
     # ------------------------------------------------------------------------------------------- after a VMM's death

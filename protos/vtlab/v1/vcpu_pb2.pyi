@@ -777,6 +777,7 @@ class Enter(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     CAUSE_VP_INDEX_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    TRANSACTIONS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     vp_index: _builtins.int
     sequence: _builtins.int
@@ -787,6 +788,10 @@ class Enter(_message.Message):
     cause: _builtins.int
     """For a policy at VTL1: the exit of VTL0 that this enter is about, by vCPU and number; 0 if a client is the reason."""
     cause_vp_index: _builtins.int
+    transactions: _builtins.int
+    """How many transactions of this machine the VMM's journal held when the enter was sent. A VMM that was restarted and
+    whose journal holds fewer has an old one.
+    """
     trace: _builtins.bytes
     """Of a traced VTL switch that leads to this enter or ends with it (vtlab.traces): trace id, span id, flags. Else empty."""
     @_builtins.property
@@ -830,11 +835,12 @@ class Enter(_message.Message):
         cause: _builtins.int = ...,
         cause_vp_index: _builtins.int = ...,
         state: _registers_pb2.ProcessorState | None = ...,
+        transactions: _builtins.int = ...,
         trace: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["intercept", b"intercept", "registers", b"registers", "resolution", b"resolution", "shared", b"shared", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "state", b"state", "status", b"status", "trace", b"trace", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "cause_vp_index", b"cause_vp_index", "intercept", b"intercept", "reason", b"reason", "registers", b"registers", "resolution", b"resolution", "sequence", b"sequence", "shared", b"shared", "state", b"state", "status", b"status", "trace", b"trace", "transactions", b"transactions", "updates", b"updates", "vp_index", b"vp_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def arm(laboratory: Path, role: str, point: str, count: int = 1) -> None:
     temporary.write_text(f"{point}\n{count}")
     temporary.replace(path)
 
+
+HELD = "held"
+"""A file in a server's state folder: as long as it is there, a new process of that role touches nothing."""
 
 DRAINED = "drained"
 """Point of any role: its main has returned, and it would end with 0. It ends by a signal, so that it is restarted."""
@@ -92,6 +96,8 @@ def main(config: ServerConfig) -> None:
     import importlib
 
     servers = {"vmm": "vmm.server", "guest": "vtl0_guest.server", "monitor": "vtl1_monitor.server"}
+    while (config.state / HELD).exists():
+        time.sleep(0.01)
     points = {"vmm": VMM_POINTS, "monitor": MONITOR_POINTS}
     reach = _install(config.state / FILE, points.get(config.role, {}))
     importlib.import_module(servers[config.role]).main(config)
