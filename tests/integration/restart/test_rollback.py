@@ -1,4 +1,4 @@
-"""Somebody puts back what the VMM or the monitor kept earlier, while they are away: it is refused, and nothing opens."""
+"""Somebody puts back what the VMM or the monitor kept earlier, while they are away: refused, and nothing opens."""
 
 from __future__ import annotations
 
