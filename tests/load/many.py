@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tests.load.processes import mib, use
+from tests.load.processes import mib, private
 from vmm.chaos.observer import Observer
 from vmm.launcher import LocalLab, launch
 
@@ -35,7 +35,7 @@ class One:
     Attributes:
         rounds: of its guest, at each look.
         work: exceptions that its guest has taken and lines that it has written, some dozens a round.
-        memory: anonymous bytes of its three processes, at each look.
+        memory: bytes that its three processes have for themselves, at each look.
     """
 
     lab: LocalLab
@@ -47,7 +47,7 @@ class One:
     def look(self) -> None:
         self.rounds.append(sum(status.rounds for status in self.observer.statuses()))
         self.work.append(sum(status.faults + status.logged for status in self.observer.statuses()))
-        self.memory.append(sum(use(pid).anonymous for pid in self.lab.pids.values()))
+        self.memory.append(sum(private(pid) for pid in self.lab.pids.values()))
 
     @property
     def stood_still(self) -> int:
@@ -138,7 +138,7 @@ def run(count: int, clients: int, seconds: float, vcpus: int, slow: float) -> bo
             for one in made:
                 one.look()
             took = time.monotonic() - started
-            client_memory = sum(use(process.pid).anonymous for process in processes)
+            client_memory = sum(private(process.pid) for process in processes)
             seen = findings(processes)
         for one in made:
             one.observer.check()

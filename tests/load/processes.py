@@ -11,12 +11,15 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 class Use(NamedTuple):
     """Attributes:
-    anonymous: resident bytes that belong to the process alone, RAM files of the guest not counted.
+    anonymous: resident bytes that belong to the process alone, RAM files of the guest and `translated` not counted.
+    translated: resident bytes that it may both write and execute: what engines made of the guest's code. They grow up
+        to a bound (vtl0_guest.cpu.engine.TRANSLATED_CODE).
     threads: how many.
     descriptors: open ones.
     """
 
     anonymous: int
+    translated: int
     threads: int
     descriptors: int
 
@@ -24,12 +27,34 @@ class Use(NamedTuple):
 def use(pid: int) -> Use:
     """Of one process now. Raises OSError if it is gone."""
     folder = Path("/proc") / str(pid)
-    resident, shared = (int(word) for word in (folder / "statm").read_text().split()[1:3])
-    return Use((resident - shared) * _PAGE, _entries(folder / "task"), _entries(folder / "fd"))
+    code = _translated(folder / "smaps")
+    return Use(private(pid) - code, code, _entries(folder / "task"), _entries(folder / "fd"))
+
+
+def _translated(mappings: Path) -> int:
+    """0 for who may not look at the process, which takes root where it is confined."""
+    try:
+        lines = mappings.read_text().splitlines()
+    except PermissionError:
+        return 0
+    total, counts = 0, False
+    for line in lines:
+        name, *words = line.split()
+        if not name.endswith(":"):  # begins a mapping: its addresses, then its rights
+            counts = words[0].startswith("rwx")
+        elif counts and name == "Anonymous:":
+            total += int(words[0]) * 1024
+    return total
 
 
 def _entries(folder: Path) -> int:
     return sum(1 for _ in folder.iterdir())
+
+
+def private(pid: int) -> int:
+    """Resident bytes that belong to the process alone. Raises OSError if it is gone."""
+    resident, shared = (int(word) for word in (Path("/proc") / str(pid) / "statm").read_text().split()[1:3])
+    return (resident - shared) * _PAGE
 
 
 def resident(pid: int) -> int:
