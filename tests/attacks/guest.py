@@ -12,7 +12,7 @@ from vtlab.client.driver import READY, Driver
 from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
 from vtlab.errors import GuestLost
-from vtlab_attacks.kernels import file, images, kernel, kernel_symbols
+from vtlab_attacks.kernels import file, images, kernel, kernel_symbols, operators_policy
 
 RAM = 64 << 20
 DISK = 16 << 20
@@ -86,6 +86,7 @@ def boot(
         filters=filters.pinning() if protected and design == "cr-filter" else None,
         keep_memory_on_reset=True,
     ) as machine:
+        held = operators_policy.set(policy)
         try:
             if policy:
                 lab.policy.set(machine, policy)
@@ -96,5 +97,6 @@ def boot(
                 raise GuestLost(f"machine '{machine.name}'", f"says: {said.splitlines()[-1]}")
             yield Guest(machine, Driver(machine), symbols, protected, design)
         finally:
+            operators_policy.reset(held)
             if at_end:
                 at_end(machine)

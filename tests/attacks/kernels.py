@@ -5,9 +5,15 @@ The prebuilt kernel trusts nobody's kernels. Here a certificate is put into it w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
 
 from vtlab.client.kexec import KernelSigner, kernel_image, policy_upgrade
 from vtlab.client.symbols import Symbols
@@ -15,6 +21,8 @@ from vtlab.client.symbols import Symbols
 KERNELS = "vtl0_guest.kernels"  # data of the package; nothing of it is run here
 BANNER = b"vulnerable driver 1.0"
 FORGED_BANNER = b"vulnerable driver 6.6"
+# What an operator set in place of the kernel's own policy, while its machine lives (vtlab_attacks.guest.boot).
+operators_policy: ContextVar[str] = ContextVar("operators_policy", default="")
 # The policy of the kernel takes none below.
 VERSION = 2
 
@@ -60,8 +68,24 @@ def images(line: str) -> tuple[tuple[bytes, str], ...]:
     )
 
 
-def policy(version: int, change: tuple[str, str] = ("", ""), *, signed: bool = True) -> bytes:
-    """The kernel's own policy with one thing in it changed, as UPGRADE takes it."""
-    text = kernel_symbols().sections[".vtlab.policy"].data.rstrip(b"\0").decode()
-    data = policy_upgrade(text.replace(*change) if change[0] else text, version)
+def policy(version: int, change: Mapping[str, Any] = MappingProxyType({}), *, signed: bool = True) -> bytes:
+    """The policy that the machine's guest is under, with some keys in it changed, as UPGRADE takes it.
+
+    Args:
+        change: keys within keys; what it does not name stays.
+    """
+    text = operators_policy.get() or kernel_symbols().sections[".vtlab.policy"].data.rstrip(b"\0").decode()
+    if change:
+        whole: dict[str, Any] = yaml.safe_load(text)
+        _merge(whole, change)
+        text = yaml.safe_dump(whole, sort_keys=False)
+    data = policy_upgrade(text, version)
     return _signer().sign(data) if signed else data
+
+
+def _merge(whole: dict[str, Any], change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, Mapping):
+            _merge(whole.setdefault(key, {}), value)
+        else:
+            whole[key] = value

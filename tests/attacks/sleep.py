@@ -50,7 +50,7 @@ SEAN_S3 = "Heki thread (Christopherson 2024): suspend and resume need more than 
 
 
 # What the kernel's policy becomes, where its own code wakes.
-VERIFY = ("upgrade: signed}", "upgrade: signed, s3: verify, waking: waking code}")
+VERIFY = {"lifecycle": {"s3": "verify", "waking": "waking code"}}
 BY_VECTOR, BEHIND = "by the waking vector", "where it fell asleep"
 AWAKE = re.compile(rf"selfguard: awake, ({BY_VECTOR}|{BEHIND})|{READY}")
 LOOK = 0.5  # seconds until a guest that says nothing is looked at

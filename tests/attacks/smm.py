@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
+import time
+from collections.abc import Callable
 
 from vtlab.client.driver import COMMAND_PORT, READY, Driver, parse
 from vtlab.client.machine import Machine
 from vtlab.client.serial import read_first
 from vtlab.client.symbols import Symbols
+from vtlab.errors import TimedOut
 from vtlab.x86.registers import Cr0, Cr4, Efer
 from vtlab_attacks.evidence import Attack, Attempts, Evidence, Run, Transition, observe
 from vtlab_attacks.guest import BOOT_TIMEOUT, Guest
@@ -17,10 +20,11 @@ from vtlab_attacks.state import direct, memory, register, show_bytes
 
 # vtl0_guest/kernels/selfguard/smm.h
 SMRAM, ENTRY, SAVE_AREA = 0xA0000, 0x8000, 0xFE00
-NOTHING, POKE, ARM, STORM = 1, 2, 3, 256
-EFER, SMBASE, CR4, CR0 = 0xD0, 0x100, 0x148, 0x158
+NOTHING, POKE, ARM, POKES, STORM = 1, 2, 3, 4, 256
+EFER, SMBASE, CR4, CR0, RIP = 0xD0, 0x100, 0x148, 0x158, 0x178
 BACK = re.compile(rf"selfguard: back from SMI|{READY}")
 REFUSED = re.compile(r"(error errno=\d+|fault vector=[^\n]*)(?=\n)")
+LOOK = 0.1  # seconds between looks at where a silent guest is
 CONFIG_ADDRESS, CONFIG_DATA, SMRAM_REGISTER, OPEN_ENABLED = 0xCF8, 0xCFC, 0x8000009C, 0x48
 
 BLACK_HAT = "Wojtczuk, Rutkowska 2009, Attacking SMM memory; Kallenberg et al. 2013"
@@ -28,16 +32,35 @@ CALLOUT = "Oleksiuk 2016, ThinkPwn: an SMI handler writes where its caller says"
 SEAN_SMM = "Heki thread (Christopherson 2023): SMM entry and RSM change control registers"
 
 
-def run_smi(machine: Machine, attempts: Attempts, command: int, value: int = 0, address: int = 0) -> None:
+def run_smi(
+    machine: Machine,
+    attempts: Attempts,
+    command: int,
+    value: int = 0,
+    address: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
     """Has the guest ask for an SMI; it comes back, or the machine is reset and its kernel starts again.
 
     A kernel that was started by kexec has no handler in SMRAM, and says no; one that a guard stops on the way faults.
+
+    Args:
+        stopped: whether the guest is where it says nothing any more, by the machine's state.
     """
     generation = machine.info().generation
     log = machine.serial_reader(0, from_now=True)
     answers = machine.serial_reader(COMMAND_PORT, from_now=True)
     say(machine, f"smi {command} {value:#x} {address:#x}")
-    came, answer = read_first([(log, BACK), (answers, REFUSED)], BOOT_TIMEOUT)
+    deadline = time.monotonic() + BOOT_TIMEOUT
+    while True:
+        try:
+            came, answer = read_first([(log, BACK), (answers, REFUSED)], LOOK)
+            break
+        except TimedOut:
+            if stopped():
+                return
+            if time.monotonic() > deadline:
+                raise
     if came == 1:
         attempts.step(parse, answer.rpartition("\n")[2])  # what came before answers an earlier command
         return

@@ -18,8 +18,8 @@ from vtlab_attacks.state import register
 SOURCE = "LVBS: no method replaces the secure kernel but a reboot"
 # What the newer policy pins and the first does not.
 NEWLY_PINNED = Cr4.TSD
-STRICTER = ("must_be_1: [SMEP, SMAP, UMIP]", "must_be_1: [SMEP, SMAP, UMIP], must_be_0: [TSD]")
-LAXER = ("must_be_1: [SMEP, SMAP, UMIP]", "must_be_1: [UMIP]")
+STRICTER = {"registers": {"cr4": {"must_be_0": [NEWLY_PINNED.name]}}}
+LAXER = {"registers": {"cr4": {"must_be_1": ["UMIP"]}}}
 
 
 def hand_over(machine: Machine, driver: Driver, symbols: Symbols, data: bytes) -> None:

@@ -76,7 +76,7 @@ class Cluster:
         for future in as_completed(list(waiting)):
             task = waiting.pop(future)
             error = future.exception() if future.status != "finished" else None
-            yield lost(task.cell, f"its worker was lost: {error}") if error else future.result()
+            yield lost(task, f"its worker was lost: {error}") if error else future.result()
 
     def close(self) -> None:
         """Takes back what was not begun."""

@@ -60,7 +60,7 @@ class Laboratory:
                 self.lab = self._stack.enter_context(self._launch())
             outcome, fit = run_cell(self.lab, task.cell, self._seed, task.policy)
         except VtlabError as error:
-            outcome, fit = lost(task.cell, str(error)), False
+            outcome, fit = lost(task, str(error)), False
         if not fit:
             self.close()
         return outcome, fit
@@ -71,7 +71,9 @@ class Laboratory:
         self._stack.close()
 
 
-def lost(cell: Cell, error: str, seconds: float = 0.0) -> Outcome:
+def lost(task: Task, error: str, seconds: float = 0.0) -> Outcome:
     """A cell whose laboratory broke: nothing can be read of its machine."""
+    cell = task.cell
     verdict = Verdict.UNCLEAR if cell.kind == "attack" else Verdict.GUEST_BROKEN
-    return Outcome(cell=cell, verdict=verdict, evidence=Observation(name=cell.name, error=error), seconds=seconds)
+    evidence = Observation(name=cell.name, error=error)
+    return Outcome(cell=cell, verdict=verdict, evidence=evidence, seconds=seconds, policy=task.policy)

@@ -8,7 +8,7 @@ one key of a further section. What is only watched refuses nothing, so it is non
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,7 +23,7 @@ from vtlab_matrix.matrix import Runner
 from vtlab_matrix.outcome import Outcome
 
 RED = (Verdict.SUCCEEDED, Verdict.GUEST_BROKEN)
-BATCH = 8  # cells that are tried together, where nothing says which would turn red
+BATCH = 10  # cells that are tried together, where nothing says which would turn red
 REFUSED_POLICY = "deprivileging failed: policy taken"  # by VTL1, in the guest's log
 POLICY_SECTION = ".vtlab.policy"
 # What the policy says about itself, and what follows a refusal: not what is refused.
@@ -93,8 +93,7 @@ def run_mutations(
 ) -> dict[str, list[Outcome]]:
     """Which cells turn red without which rule, by the rule's name.
 
-    First the guest starts and does what is legitimate; then attacks that met the rule are tried, then all others, then
-    all transitions, until something is red.
+    A rule's cells are tried in parts until something is red: see _parts_to_try. The parts of all rules go side by side.
 
     Args:
         patterns: names of rules, as of fnmatch.
@@ -110,37 +109,44 @@ def run_mutations(
         if not any(fnmatchcase(name, pattern) for name in every):
             raise BadArgument(f"--mutate {pattern}", f"matches none of {', '.join(every)}")
     chosen = {name: one for name, one in every.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    boot = Cell(design=DESIGN, kind="transition", name=BOOT)
     attack_cells = [
         Cell(design=DESIGN, kind="attack", name=name)
         for name in EVERY_ATTACK
         if any(fnmatchcase(name, pattern) for pattern in attacks)
     ]
-    moves = [Cell(design=DESIGN, kind="transition", name=name) for name in EVERY_TRANSITION]
 
-    def run(cells: Sequence[Cell], with_policy: str) -> list[Outcome]:
-        outcomes = list(runner.run([Task(cell, with_policy) for cell in cells]))
-        for outcome in outcomes:
+    def run(tasks: Iterable[Task]) -> Iterator[Outcome]:
+        for outcome in runner.run(tasks):
             on_outcome(outcome)
-        return outcomes
+            yield outcome
 
-    usual = {one.cell: one for one in run([boot, *attack_cells], text)}
+    usual = {one.cell: one for one in run(Task(cell, text) for cell in attack_cells)}
     good = [cell for cell in attack_cells if not usual[cell].verdict.red]
-    red: dict[str, list[Outcome]] = {}
-    for name, mutated in chosen.items():
-        met = [cell for cell in good if _met(name, usual[cell])]
-        met += [cell for cell in moves if name.rpartition(": ")[2] in cell.name]
-        others = [cell for cell in good if cell not in met]
-        for cells in ([boot], met, *batched(others, BATCH), *batched(moves, BATCH)):
-            red[name] = [one for one in run(cells, mutated) if one.verdict in RED and not _no_policy(one)]
-            if red[name]:
-                break
-    return red
+    left = {name: _parts_to_try([(cell, _met(name, usual[cell])) for cell in good], name) for name in chosen}
+    red: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    names = {mutated: name for name, mutated in chosen.items()}
+    while left:
+        parts = {name: next(cells, None) for name, cells in left.items()}
+        for one in run(Task(cell, chosen[name]) for name, cells in parts.items() for cell in cells or ()):
+            if one.verdict in RED and not _no_policy(one):
+                red[names[one.policy]].append(one)
+        left = {name: cells for name, cells in left.items() if parts[name] is not None and not red[name]}
+    order = [BOOT, *EVERY_TRANSITION, *EVERY_ATTACK]
+    return {name: sorted(cells, key=lambda one: order.index(one.cell.name)) for name, cells in red.items()}
 
 
-def batched(cells: Sequence[Cell], size: int) -> Iterator[Sequence[Cell]]:
-    """Parts of a list."""
-    return (cells[at : at + size] for at in range(0, len(cells), size))
+def _parts_to_try(attacks: Sequence[tuple[Cell, bool]], name: str) -> Iterator[Sequence[Cell]]:
+    """First the guest starts and does what is legitimate, then come attacks that met the rule. A rule that none met
+    serves a transition more likely than an attack, so all of those come next; then what is left.
+    """
+    yield [Cell(design=DESIGN, kind="transition", name=BOOT)]
+    topic = name.rpartition(": ")[2]
+    moves = [Cell(design=DESIGN, kind="transition", name=one) for one in EVERY_TRANSITION]
+    near = [cell for cell, met in attacks if met] + [cell for cell in moves if topic in cell.name]
+    if near:
+        yield near
+    others = [cell for cell in [*moves, *(cell for cell, _ in attacks)] if cell not in near]
+    yield from (others[at : at + BATCH] for at in range(0, len(others), BATCH))
 
 
 def _met(name: str, usual: Outcome) -> bool:

@@ -66,6 +66,7 @@ class Outcome(BaseModel):
         rules: what the protection refused, "rule: why".
         seconds: from the creation of its first machine to the end of its last.
         earlier: why it was done once more: what broke the laboratory of the first time.
+        policy: what was in place of the guest's own, as of Task.
         timeline, log: exits and decisions after the boot, and what the guest's kernel said.
     """
 
@@ -80,6 +81,7 @@ class Outcome(BaseModel):
     rules: tuple[str, ...] = ()
     seconds: float = 0.0
     earlier: str = ""
+    policy: str = ""
     timeline: tuple[Line, ...] = ()
     log: str = ""
 

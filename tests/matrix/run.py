@@ -93,6 +93,7 @@ class CellRun:
             broken=self._broken,
             kept=self._kept,
             rules=self.recorder.rules,
+            policy=self._policy,
             seconds=time.monotonic() - started,
             timeline=self.recorder.timeline,
             log=self.recorder.log,

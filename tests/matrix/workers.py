@@ -92,7 +92,7 @@ class Workers:
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
-        return lost(worker.task.cell, error, time.monotonic() - worker.since)
+        return lost(worker.task, error, time.monotonic() - worker.since)
 
     def close(self) -> None:
         """Ends all workers and their laboratories; who does not end in time is killed."""

@@ -144,16 +144,38 @@ def _mutate(patterns: list[str], jobs: int, scheduler: str, seed: int, as_json: 
     from vmm.cli.output import print_table
     from vtlab_matrix.mutations import run_mutations
 
+    started, ran = time.monotonic(), 0
     with _runner(scheduler, jobs, seed) as runner, _progress(None, 0, as_json) as advance:
-        red = run_mutations(runner, patterns, advance)
-    told = {rule: [f"{one.cell.name} {one.verdict}" for one in outcomes] for rule, outcomes in red.items()}
+
+        def count(outcome: Outcome) -> None:
+            nonlocal ran
+            ran += 1
+            advance(outcome)
+
+        red = run_mutations(runner, patterns, count)
     if as_json:
-        print_json(told)
-    else:
-        print_table(
-            "cells that turn red without a rule", ["rule", "cells"], [[k, ", ".join(v)] for k, v in told.items()]
-        )
-    return 0 if all(told.values()) else 1
+        print_json({rule: [f"{one.cell.name} {one.verdict}" for one in outcomes] for rule, outcomes in red.items()})
+        return 0 if all(red.values()) else 1
+    rows = [[rule, *_first_red(outcomes)] for rule, outcomes in red.items()]
+    print_table("what turns red without a rule of the policy", ["rule", "cell", "verdict", "evidence", "more"], rows)
+    needed, seconds = sum(map(bool, red.values())), time.monotonic() - started
+    sys.stdout.write(f"{needed} of {len(red)} rules are needed by some cell; {ran} cells in {seconds:.0f} s\n")
+    return 0 if needed == len(red) else 1
+
+
+def _first_red(outcomes: list[Outcome]) -> list[str]:
+    """Cell, verdict, evidence, and how many others; an attack that succeeds says most."""
+    if not outcomes:
+        return ["none", "", "", ""]
+    first = min(outcomes, key=lambda one: one.cell.kind != "attack")
+    broken = first.broken[0] if first.broken else first.evidence
+    told = str(broken).strip().splitlines()
+    return [
+        first.cell.name,
+        first.verdict.value,
+        told[-1] if told else "",
+        f"+{len(outcomes) - 1}" * (len(outcomes) > 1),
+    ]
 
 
 def _diagrams(document: Path, jobs: int, seed: int) -> int:

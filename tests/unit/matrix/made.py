@@ -46,4 +46,4 @@ class Runner:
             usual = attack(design=cell.design, name=cell.name, after=cell.after)
             if cell.kind == "transition":
                 usual = transition(design=cell.design, name=cell.name)
-            yield self._told.get(cell, usual)
+            yield self._told.get(cell, usual).model_copy(update={"policy": task.policy})

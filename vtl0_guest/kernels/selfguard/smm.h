@@ -21,4 +21,5 @@
 #define SMM_NOTHING 1
 #define SMM_POKE 2
 #define SMM_ARM 3
+#define SMM_POKES 4
 #define SMM_STORM 256 /* the kernel's own: see smm.c */

@@ -14,7 +14,7 @@ smm_relocation:
 smm_relocation_end:
 
 /* AL: a command; EAX becomes the number of SMIs so far. Weak on purpose: SMM_POKE stores EBX at the physical address in ECX, whatever that is, as many a vendor's
- * handler has been found to do. SMM_ARM has every later SMI clear the bits of EBX in the saved CR4, and in the saved RDI and RSI. */
+ * handler has been found to do. SMM_POKES does so with EBX pairs of address and value that ECX points to. SMM_ARM has every later SMI clear the bits of EBX in the saved CR4, and in the saved RDI and RSI. */
     .globl smm_handler, smm_handler_end
 smm_handler:
     addr32 incl SMM_DATA + SMM_COUNT
@@ -24,6 +24,8 @@ smm_handler:
     je 1f
     cmpb $SMM_ARM, %al
     je 2f
+    cmpb $SMM_POKES, %al
+    je 3f
     addr32 movl SMM_DATA + SMM_CLEARS, %eax
     notl %eax
     addr32 andl %eax, SMRAM + SMM_SAVE_AREA + SMM_SAVED_CR4
@@ -33,5 +35,12 @@ smm_handler:
 1:  addr32 movl %ebx, (%ecx)
     rsm
 2:  addr32 movl %ebx, SMM_DATA + SMM_CLEARS
+    rsm
+3:  addr32 movl (%ecx), %edi
+    addr32 movl 4(%ecx), %eax
+    addr32 movl %eax, (%edi)
+    addl $8, %ecx
+    decl %ebx
+    jnz 3b
     rsm
 smm_handler_end:
