@@ -102,11 +102,50 @@ def handle_of(uc: Uc) -> int:
     return int((handle.value if handle is not None else 0) or 0)
 
 
+@dataclass(frozen=True)
+class _Places:
+    """What is alike in all engines of a process: one library made them.
+
+    Attributes:
+        pointer: offset in the handle of the pointer to CPUState.
+        environment: offset of CPUX86State in CPUState.
+        msrs: as of Layout.
+    """
+
+    pointer: int
+    environment: int
+    msrs: dict[int, int]
+
+
+# Of the first engine.
+_known: _Places | None = None
+
+
 def find(uc: Uc) -> Layout:
-    """Finds the structures of a fresh engine, whose registers it uses. Raises EngineUnsupported if they are absent."""
+    """Finds the structures of a fresh engine, whose registers it uses. Raises EngineUnsupported if they are absent.
+
+    The first engine of the process is searched, each later one is looked at where the first had them: its registers
+    must be there too.
+    """
+    global _known
     for register, value in zip(_R8_TO_R15, _MAGIC, strict=True):
         uc.reg_write(register, value)
     wanted = struct.pack("<8Q", *_MAGIC)
+    if _known is None:
+        found, pointer = _search(uc, wanted)
+        _known = _Places(pointer, found.environment - found.processor, found.msrs)
+        return found
+    processor = ctypes.c_uint64.from_address(handle_of(uc) + _known.pointer).value
+    environment = processor + _known.environment
+    if not processor or ctypes.string_at(environment + 64, len(wanted)) != wanted:
+        raise EngineUnsupported("Unicorn engine: its processor is not where the first one's was")
+    _check_both_ways(uc, environment)
+    _check_msrs(uc, environment, _known.msrs)
+    return Layout(processor, environment, _known.msrs)
+
+
+def _search(uc: Uc, wanted: bytes) -> tuple[Layout, int]:
+    """By R8 to R15, which hold the wanted bytes. Also the offset in the handle of the pointer to CPUState."""
     ranges = _readable_ranges()
 
     starts = [first for first, _ in ranges]
@@ -133,7 +172,7 @@ def find(uc: Uc) -> Layout:
         raise EngineUnsupported(f"Unicorn engine: {len(set(found.values()))} candidates for the processor's structure")
     processor, environment = max(found.items())
     _check_both_ways(uc, environment)
-    return Layout(processor, environment, _find_msrs(uc, environment))
+    return Layout(processor, environment, _find_msrs(uc, environment)), 8 * pointers.index(processor)
 
 
 def _refers(block: bytes, address: int) -> bool:
@@ -152,6 +191,16 @@ def _check_both_ways(uc: Uc, environment: int) -> None:
     uc.reg_write(UC_X86_REG_R15, 1)
     if r15.value != 1:
         raise EngineUnsupported("Unicorn engine: R15 is not where it was found")
+
+
+def _check_msrs(uc: Uc, environment: int, offsets: dict[int, int]) -> None:
+    for msr, magic in _MSR_MAGIC.items():
+        before, place = uc.msr_read(msr), ctypes.c_uint64.from_address(environment + offsets[msr])
+        uc.msr_write(msr, magic)
+        there = place.value == magic
+        uc.msr_write(msr, before)
+        if not there or place.value == magic:
+            raise EngineUnsupported(f"Unicorn engine: {msr.name} is not where the first engine's was")
 
 
 def _find_msrs(uc: Uc, environment: int) -> dict[int, int]:
