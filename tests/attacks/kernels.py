@@ -5,6 +5,7 @@ The prebuilt kernel trusts nobody's kernels. Here a certificate is put into it w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import cache
@@ -75,12 +76,15 @@ def policy(version: int, change: Mapping[str, Any] = MappingProxyType({}), *, si
         change: keys within keys; what it does not name stays.
     """
     text = operators_policy.get() or kernel_symbols().sections[".vtlab.policy"].data.rstrip(b"\0").decode()
-    if change:
-        whole: dict[str, Any] = yaml.safe_load(text)
-        _merge(whole, change)
-        text = yaml.safe_dump(whole, sort_keys=False)
-    data = policy_upgrade(text, version)
+    data = policy_upgrade(_changed(text, json.dumps(dict(change))) if change else text, version)
     return _signer().sign(data) if signed else data
+
+
+@cache
+def _changed(text: str, change: str) -> str:
+    whole: dict[str, Any] = yaml.safe_load(text)
+    _merge(whole, json.loads(change))
+    return yaml.safe_dump(whole, sort_keys=False)
 
 
 def _merge(whole: dict[str, Any], change: Mapping[str, Any]) -> None:
