@@ -83,18 +83,20 @@ class RemoteLevel:
         name: str,
         patience: float | None = None,
         restart_budget: float = 45.0,
+        channels: Callable[[], grpc.Channel] | None = None,
     ) -> None:
         """Args:
         patience: seconds within which enter() must be answered; None for ever (a guest runs).
         restart_budget: seconds that the process may be away.
+        channels: gives the channel to use once a stream broke: certificates may have been replaced or revoked since.
         """
         self._restart_budget = restart_budget
         self._machine: tuple[str, int] | None = None
         self.name = name
         self.vtl = vtl
         self.patience = patience
-        self._stub = vcpu_pb2_grpc.VcpuServiceStub(channel)
-        self._run: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_RUN)
+        self._channels = channels
+        self._use(channel)
         self._streams: dict[int, _Stream] = {}
         self._driven: dict[int, DrivenStream] = {}
         self._deadlines: dict[int, float] = {}
@@ -106,6 +108,11 @@ class RemoteLevel:
         self._listening: Callable[[], object] | None = None
         if patience is not None:
             threading.Thread(target=self._watch, name=f"watch-vtl{vtl}", daemon=True).start()
+
+    def _use(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self._stub = vcpu_pb2_grpc.VcpuServiceStub(channel)
+        self._run: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_RUN)
 
     def attach(self, request: AttachRequest) -> vcpu_pb2.AttachResponse:
         """Binds the process to a machine. Raises what the process refuses with, or PeerUnavailable."""
@@ -149,6 +156,9 @@ class RemoteLevel:
         def attempt() -> Answer:
             if hang_ups != self._hang_ups:
                 raise Cancelled(self.name, "hung up")
+            channel = self._channels() if self._channels is not None else self._channel
+            if channel is not self._channel:
+                self._use(channel)
             return once()
 
         attempts = tenacity.Retrying(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import grpc
@@ -17,6 +18,7 @@ from vtlab.channels import ServerConfig, channel_to, dial, serve
 from vtlab.errors import Unsupported
 from vtlab.metrics import open_endpoint
 from vtlab.traces import open_spans
+from vtlab.trust import servers
 from vtlab.trust.certificates import Credentials, load_credentials
 from vtlab.trust.roles import Role
 
@@ -27,26 +29,34 @@ MONITOR_PATIENCE = 10.0
 class Levels:
     """Channels to the guest and the monitor, dialled when a machine first needs them and kept.
 
-    After a rotation of certificates a new machine gets new channels; those of before stay with who has them.
+    Where certificates were replaced or revoked since, who connects again gets new channels; connections of before stay.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._channels: dict[tuple[Role, Credentials], grpc.Channel] = {}
+        self._channels: dict[tuple[Role, Credentials, bytes], grpc.Channel] = {}
 
     def __call__(self, vtl: int, *, present: bool = True) -> RemoteLevel:
         """See vmm.machines.Dial."""
         role, address = ((Role.GUEST, self._config.guest), (Role.MONITOR, self._config.monitor))[vtl]
         if not address:
             raise Unsupported(f"VTL{vtl}", f"this VMM was given no address of a {role}")
-        key = role, load_credentials(self._config.trust, Role.VMM)
-        if key not in self._channels:
-            reach = dial if present else channel_to
-            self._channels[key] = reach(address, self._config.trust, Role.VMM, role)
-        patience = MONITOR_PATIENCE if vtl else None
         return RemoteLevel(
-            self._channels[key], vtl, f"{role} at {address}", patience, restart_budget=self._config.restart_budget
+            self._channel(role, address, dial if present else channel_to),
+            vtl,
+            f"{role} at {address}",
+            MONITOR_PATIENCE if vtl else None,
+            self._config.restart_budget,
+            partial(self._channel, role, address, channel_to),
         )
+
+    def _channel(self, role: Role, address: str, reach: Callable[..., grpc.Channel]) -> grpc.Channel:
+        """Raises PeerUnavailable."""
+        trust = self._config.trust
+        key = role, load_credentials(trust, Role.VMM), servers.roots(trust, Role.VMM)
+        if key not in self._channels:
+            self._channels[key] = reach(address, trust, Role.VMM, role)
+        return self._channels[key]
 
     def close(self) -> None:
         for channel in self._channels.values():

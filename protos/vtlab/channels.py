@@ -24,6 +24,7 @@ from vtlab.errors import BadArgument, PeerUnavailable, PermissionDenied
 from vtlab.logs import LogFormat
 from vtlab.process import spare_collections, termination
 from vtlab.status import from_rpc_error
+from vtlab.trust import servers
 from vtlab.trust.certificates import load_credentials, own_part, server_name
 from vtlab.trust.interceptor import Gate
 from vtlab.trust.revocation import Revocations
@@ -274,10 +275,10 @@ def channel_to(address: str, trust: Path, role: Role | str, peer: Role | str) ->
         peer: who must be there; a server with another role's certificate is not spoken to.
 
     Raises:
-        PeerUnavailable: no credentials in the trust folder.
+        PeerUnavailable: no credentials in the trust folder, or no list of servers that are still good.
     """
     own = load_credentials(trust, role)
-    credentials = grpc.ssl_channel_credentials(own.authority, own.key, own.certificate)
+    credentials = grpc.ssl_channel_credentials(servers.roots(trust, role), own.key, own.certificate)
     options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name(peer))]
     return grpc.secure_channel(address, credentials, options=options)
 

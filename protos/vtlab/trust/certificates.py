@@ -94,6 +94,10 @@ def ensure_trust(folder: Path) -> Path:
         missing = [role for role in Role if not _is_current(folder / role, role, authority)]
         if missing:
             issue(folder, missing)
+        if (folder / "ca" / "crl.pem").exists():
+            from vtlab.trust import servers
+
+            servers.keep(folder)
     return folder
 
 
@@ -122,7 +126,7 @@ def _handed_out(folder: Path, role: Role) -> list[str]:
     """In the order that servers rely on: ca.pem vouches for the keys beside it."""
     pairs = [role.value, "quote"] if role is Role.MONITOR else [role.value]
     names = [f"{pair}.{kind}" for pair in pairs for kind in ("key", "pem")] + ["ca.pem"]
-    return [*names, "crl.pem"] if (folder / role / "crl.pem").exists() else names
+    return [*names, "servers.pem", "crl.pem"] if (folder / role / "crl.pem").exists() else names
 
 
 @contextmanager

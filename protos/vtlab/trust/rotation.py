@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from vtlab.errors import BadArgument, WrongState
+from vtlab.trust import servers
 from vtlab.trust.certificates import issue, locked, unreadable, write
 from vtlab.trust.issuing import Issuer, authority_pair
 from vtlab.trust.roles import Role
@@ -23,6 +24,7 @@ def renew(folder: Path) -> None:
     """New keys and certificates for all roles."""
     with locked(folder):
         issue(folder, Role)
+        servers.keep(folder)
 
 
 def add_authority(folder: Path) -> None:
@@ -91,5 +93,7 @@ def _sign_list(folder: Path, revoked: dict[int, datetime.datetime]) -> None:
     """Has the issuing authority sign the list, for all roles. Nothing where nothing was ever taken back."""
     if revoked:
         signed = _issuer(folder).revocation_list(revoked)
-        for part in ("ca", *Role):
+        write(folder / "ca" / "crl.pem", signed)
+        servers.keep(folder)
+        for part in Role:  # behind what callers need from then on
             write(folder / part / "crl.pem", signed)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,9 @@ import grpc
 import pytest
 
 from tests.waiting import wait_until
+from vmm.chaos.observer import Observer
 from vmm.launcher import launch
+from vmm.supervisor import Budget
 from vtl0_guest.kernels import selfguard_image
 from vtlab.channels import BoundServer, ServerConfig, dial, serve
 from vtlab.client import connect
@@ -110,6 +115,44 @@ def test_a_stream_alone_notices_too(server: BoundServer, trust: Path) -> None:
         assert trust_main([str(trust), "--revoke", str(trust / "operator" / "operator.pem")]) == 0
         with pytest.raises((Cancelled, PermissionDenied)), translated("vmm"):
             next(stream)
+
+
+def test_a_server_whose_certificate_was_revoked_is_not_spoken_to(server: BoundServer, trust: Path) -> None:
+    """Who has its key shows it in vain, until the server has another."""
+    dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM).close()
+    assert trust_main([str(trust), "--revoke", str(trust / "vmm" / "vmm.pem")]) == 0
+    with pytest.raises(PeerUnavailable, match="no answer"):
+        dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM, timeout=0.5)
+    trust_main([str(trust), "--renew"])  # the server shows the new one at its next handshake
+    with dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM) as channel:
+        assert ask(channel) == "a"
+
+
+def test_a_stolen_key_opens_nothing_after_renewal(trust: Path, tmp_path: Path) -> None:
+    """Somebody serves with the key and certificate of before, which the authority signed."""
+    stolen = tmp_path / "stolen" / "vmm"
+    shutil.copytree(trust / "vmm", stolen)
+    config = ServerConfig((f"unix:{tmp_path}/impostor",), stolen, "vmm", tmp_path)
+    impostor = serve(config, lambda target: vmm_pb2_grpc.add_VmmServiceServicer_to_server(Toy(), target))  # type: ignore[abstract]
+    try:
+        dial(impostor.addresses[0], trust, Role.OPERATOR, Role.VMM).close()
+        trust_main([str(trust), "--revoke", str(trust / "vmm" / "vmm.pem")])
+        trust_main([str(trust), "--renew"])
+        with pytest.raises(PeerUnavailable, match="no answer"):
+            dial(impostor.addresses[0], trust, Role.OPERATOR, Role.VMM, timeout=0.5)
+    finally:
+        impostor.stop(0)
+
+
+def test_the_other_servers_are_spoken_to_as_before(server: BoundServer, trust: Path) -> None:
+    trust_main([str(trust), "--revoke", str(trust / "monitor" / "monitor.pem")])
+    dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM).close()
+    (trust / "operator" / "servers.pem").write_bytes(b"")
+    with pytest.raises(PeerUnavailable, match="which are good is not known: it is empty"):
+        dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM)
+    (trust / "operator" / "servers.pem").unlink()
+    with pytest.raises(PeerUnavailable, match="which are good is not known"):
+        dial(server.addresses[0], trust, Role.OPERATOR, Role.VMM)
 
 
 def test_after_renewal_the_revoked_role_is_back(server: BoundServer, trust: Path) -> None:
@@ -214,7 +257,7 @@ def test_the_list_is_handed_out(trust: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "monitor").mkdir(parents=True)
     assert trust_main([str(trust), "--revoke", "12ab", "--hand-out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out" / "monitor").iterdir()}
-    assert names == {"ca.pem", "monitor.pem", "monitor.key", "quote.pem", "quote.key", "crl.pem"}
+    assert names == {"ca.pem", "monitor.pem", "monitor.key", "quote.pem", "quote.key", "servers.pem", "crl.pem"}
 
 
 @pytest.mark.timeout(180)
@@ -234,3 +277,24 @@ def test_three_real_servers_take_new_keys_and_a_machine_runs_on() -> None:
         with lab.create(selfguard_image(), command_line="heki=1") as machine:
             machine.start()
             wait_until(lambda: lab.policy.get(machine).locked, 60, "the next policy is locked")
+
+
+@pytest.mark.timeout(300)
+def test_after_a_revocation_a_machine_outlives_renewal_and_the_death_of_its_levels() -> None:
+    """The VMM's list of good servers is that of now at each connection: with that of before it would know nobody."""
+    with launch(budget=Budget(deaths=10)) as lab:
+        trust = str(lab.directory / "trust")
+        assert trust_main([trust, "--revoke", "12ab"]) == 0
+        observer = Observer(lab, 1)
+        try:
+            observer.wait_progress(2)
+            assert trust_main([trust, "--renew"]) == 0
+            restarts = lab.supervisor.restarts(Role.MONITOR)
+            os.kill(lab.pids["monitor"], signal.SIGKILL)
+            assert lab.supervisor.wait_restarted(Role.MONITOR, restarts + 1, 120)
+            observer.wait_progress(2)
+            observer.check()
+            assert observer.findings.problems == []
+            assert observer.findings.resets == []
+        finally:
+            observer.close()
