@@ -211,8 +211,13 @@ def send_descriptor() -> int:
     sent = 0
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names
         try:
-            opened = socket.socket(fileno=os.dup(int(name)))
+            copy = os.dup(int(name))
         except OSError:
+            continue
+        try:
+            opened = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)  # else the process would hold the files of a machine that is gone
             continue
         with opened:
             try:
