@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from typing import Annotated
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
+from vtlab.trust.certificates import unreadable
 
 MAX_SIGNATURE = 64 << 10
 MAX_SIGNERS = 8
@@ -117,14 +119,15 @@ def _parse(signature: bytes) -> list[_SignerInfo]:
 
 
 def _names(signer: _SignerInfo, certificate: x509.Certificate) -> bool:
-    if isinstance(signer.sid, bytes):
-        try:
+    """A certificate that has what the library cannot read is nobody's."""
+    try:
+        if isinstance(signer.sid, bytes):
             extension = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-        except (x509.ExtensionNotFound, ValueError):
-            return False
-        return extension.value.digest == signer.sid
-    same_issuer = _contents(certificate.issuer.public_bytes()) == signer.sid.issuer.data
-    return same_issuer and certificate.serial_number == signer.sid.serial_number
+            return extension.value.digest == signer.sid
+        same_issuer = _contents(certificate.issuer.public_bytes()) == signer.sid.issuer.data
+        return same_issuer and certificate.serial_number == signer.sid.serial_number
+    except unreadable(x509.ExtensionNotFound):
+        return False
 
 
 def _contents(der: bytes) -> bytes:
@@ -149,12 +152,22 @@ def _check(signer: _SignerInfo, certificate: x509.Certificate, data: bytes) -> N
             raise BadSignature(f"algorithm {algorithm} with a {type(key).__name__}")
     except InvalidSignature:
         raise BadSignature("signature does not match") from None
-    except (UnsupportedAlgorithm, ValueError) as error:
+    except unreadable() as error:
         raise BadSignature(f"key or signature cannot be used: {error}") from None
 
 
 def load_certificates(data: bytes) -> list[x509.Certificate]:
     """Certificates in DER, one after the other, padded with zeros; or PEM. Raises ValueError."""
+    try:
+        loaded = _load(data)
+        for one in loaded:
+            one.issuer.public_bytes()  # which is read when it is asked for, and later may not fail
+        return loaded
+    except unreadable() as error:
+        raise ValueError(str(error)) from None
+
+
+def _load(data: bytes) -> list[x509.Certificate]:
     if data.lstrip().startswith(b"-----BEGIN"):
         return x509.load_pem_x509_certificates(data.rstrip(b"\0"))
     result = []

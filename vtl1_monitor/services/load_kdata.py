@@ -55,10 +55,10 @@ def _certificates(machine: Machine, data: bytes) -> None:
 
 def _revoked(machine: Machine, data: bytes) -> None:
     try:
-        revoked = load_certificates(data)
+        revoked = {(one.issuer.public_bytes(), one.serial_number) for one in load_certificates(data)}
     except ValueError as error:
         raise Refused(errno.EINVAL, f"revoked certificates: {error}") from None
-    machine.kdata.revoked.update((one.issuer.public_bytes(), one.serial_number) for one in revoked)
+    machine.kdata.revoked |= revoked
 
 
 def _patches(machine: Machine, data: bytes) -> None:

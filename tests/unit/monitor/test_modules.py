@@ -15,6 +15,7 @@ from tests.unit.monitor import keys
 from tests.unit.monitor.conftest import POLICY
 from tests.unit.monitor.vtl0 import Result, Vtl0
 from vtl1_monitor import cms
+from vtl1_monitor.cms import load_certificates
 from vtl1_monitor.module_file import BadModule, expected_sections, split
 from vtl1_monitor.rights import GUARDED_TABLE
 from vtlab.services import ModuleType, PageTableOperation, Service
@@ -366,3 +367,12 @@ def test_memory_of_another_module(loader: Loader) -> None:
     loader.rows = [(0, FILE, FILE + len(loader.file), ModuleType.ELF), (TEXT_VA, DATA, DATA + 1, ModuleType.TEXT)]
     pa, count = loader.vtl0.ranges(loader.rows, LIST)
     assert loader.vtl0.call(Service.VALIDATE_MODULE, pa, count).value == -errno.EACCES
+
+
+@pytest.mark.parametrize("version", [3, 66])
+def test_a_certificate_of_another_version_is_refused(version: int) -> None:
+    """Bug: the library's complaint of a version is no ValueError, and ended the call of VTL1's service by a defect."""
+    data = keys.der("versioned")
+    at = data.index(bytes.fromhex("a003020102")) + 4  # [0] INTEGER 2, which is X.509 version 3
+    with pytest.raises(ValueError, match=f"{version} is not a valid X509 version"):
+        load_certificates(data[:at] + bytes([version]) + data[at + 1 :])
