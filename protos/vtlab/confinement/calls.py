@@ -50,7 +50,8 @@ _CHANGES_OF_FILES = {
     "chmod": 90, "fchmod": 91, "fchown": 93, "mkdirat": 258, "unlinkat": 263, "renameat": 264, "fchmodat": 268,
     "utimensat": 280, "fallocate": 285, "renameat2": 316,
 }  # fmt: skip
-_OF_THE_VMM = {"sendfile": 40, "connect": 42, "symlink": 88, "symlinkat": 266, "copy_file_range": 326}
+_CONNECT = {"connect": 42}
+_OF_THE_VMM = {"sendfile": 40, "symlink": 88, "symlinkat": 266, "copy_file_range": 326}
 
 _OPEN, _OPENAT, _OPENAT2 = 2, 257, 437
 _IOCTL, _CLONE, _CLONE3, _FCNTL = 16, 56, 435, 72
@@ -72,12 +73,13 @@ _PRCTL_OPTIONS = (3, 15, 16, 23, 39, 0x53564D41)
 _CREATES_NOTHING = Check.NO_BIT_OF, (_O_CREAT | _O_TRUNC | _O_TMPFILE,)
 
 
-def allowed_calls(role: Role, process: int, tcp: bool) -> Filter:
+def allowed_calls(role: Role, process: int, tcp: bool, dials: bool = False) -> Filter:
     """The filter of a role.
 
     Args:
         process: its own number, the only one that it may send signals to.
         tcp: it listens on TCP ports, or dials them.
+        dials: it dials TCP ports; the VMM dials in any case.
     """
     names = _FILES | _MEMORY | _THREADS | _SIGNALS | _WAITING | _SOCKETS | _SENDING | _ABOUT_ITSELF
     absent = {_CLONE3, _OPENAT2}  # their arguments are behind a pointer, where no filter sees them
@@ -101,6 +103,8 @@ def allowed_calls(role: Role, process: int, tcp: bool) -> Filter:
         names = names | _CHANGES_OF_FILES | {"open": _OPEN, "openat": _OPENAT}
     if role is Role.VMM:
         names = names | _OF_THE_VMM
+    if role is Role.VMM or dials:
+        names = names | _CONNECT
     elif tcp:  # or a connection could be opened by sending on it
         tested |= {
             _SENDING["sendto"]: (Argument(3, Check.NO_BIT_OF, (_MSG_FASTOPEN,)),),

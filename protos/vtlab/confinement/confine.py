@@ -117,7 +117,7 @@ def _landlock(what: Needs) -> int:
 def _seccomp(role: Role, what: Needs) -> int:
     if not bpf.available():
         raise OSError(0, "this kernel takes no filter, or this processor has other numbers for its calls")
-    bpf.install(bpf.assemble(allowed_calls(role, os.getpid(), what.tcp)))
+    bpf.install(bpf.assemble(allowed_calls(role, os.getpid(), what.tcp, bool(what.connect))))
     return 1
 
 

@@ -143,6 +143,8 @@ def test_what_the_guest_process_may_not() -> None:
     assert answer(monitor, UNLINK) == answer(vmm, FTRUNCATE) == ALLOW
     assert answer(guest, CONNECT) == answer(monitor, CONNECT) == errno.EPERM
     assert answer(vmm, CONNECT) == ALLOW
+    dials = assemble(allowed_calls(Role.MONITOR, PROCESS, tcp=True, dials=True))  # a collector of traces
+    assert answer(dials, CONNECT) == ALLOW
 
 
 def test_no_connection_is_opened_by_sending() -> None:
