@@ -57,9 +57,10 @@ def page(report: Report) -> str:
 def _subtitle(report: Report) -> str:
     attacks = {one.cell.name for one in report.outcomes if one.cell.kind == "attack"}
     moves = {one.cell.after or BOOT for one in report.outcomes if one.cell.kind == "attack"}
+    counts = ((len(attacks), "attack"), (len(moves), "moment"), (len(report.designs), "design"))
+    sizes = " × ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts)
     return (
-        f"{len(attacks)} attacks × {len(moves)} moments × {len(report.designs)} designs: {len(report.outcomes)} "
-        f"cells, each on a fresh machine, in {report.seconds:.0f} s; seed {report.seed}"
+        f"{sizes}: {len(report.outcomes)} cells, each on a fresh machine, in {report.seconds:.0f} s; seed {report.seed}"
     )
 
 
