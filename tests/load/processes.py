@@ -27,14 +27,14 @@ class Use(NamedTuple):
 def use(pid: int) -> Use:
     """Of one process now. Raises OSError if it is gone."""
     folder = Path("/proc") / str(pid)
-    code = _translated(folder / "smaps")
+    code = translated(pid)
     return Use(private(pid) - code, code, _entries(folder / "task"), _entries(folder / "fd"))
 
 
-def _translated(mappings: Path) -> int:
-    """0 for who may not look at the process, which takes root where it is confined."""
+def translated(pid: int) -> int:
+    """See Use.translated; 0 for who may not look at the process, which takes root where it is confined."""
     try:
-        lines = mappings.read_text().splitlines()
+        lines = (Path("/proc") / str(pid) / "smaps").read_text().splitlines()
     except PermissionError:
         return 0
     total, counts = 0, False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.load.processes import translated
 from tests.unit.cpu.machine import Guest
 from vtl0_guest.cpu import engine
 from vtlab.ram import Ram
@@ -14,18 +16,6 @@ ROUTINE, ROUNDS = 0x140000, 6000
 BOUND = 1 << 20
 # The kernel gives memory in large pages.
 LARGE_PAGE = 2 << 20
-
-
-def executable() -> int:
-    """Resident bytes of this process that may be written and executed."""
-    total, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *words = line.split()
-        if not name.endswith(":"):
-            counts = words[0].startswith("rwx")
-        elif counts and name == "Anonymous:":
-            total += int(words[0]) * 1024
-    return total
 
 
 @pytest.mark.parametrize(("bound", "grows"), [(BOUND, False), (engine.TRANSLATED_CODE, True)], ids=["small", "own"])
@@ -42,11 +32,11 @@ def test_code_that_changes_for_ever(
             f"mov byte ptr [rdi], 0xc3; xor eax, eax; mov rdi, {ROUTINE}; call rdi; add rbx, rax;"
             "dec ebp; jnz again; vmmcall"
         )
-        before = executable()
+        before = translated(os.getpid())
         assert guest.run() == "hypercall"
         sums = (80 * number & 0xFFFF_FFFF for number in range(1, ROUNDS + 1))
         assert guest.exit.registers.rbx == sum(sums)
-        grown = executable() - before
+        grown = translated(os.getpid()) - before
         assert (grown > BOUND + LARGE_PAGE) is grows, grown
     finally:
         guest.close()
