@@ -20,6 +20,10 @@ from vtlab.ram import PAGE_SIZE
 
 _SHF_ALLOC = 2
 _SHN_ABS = "SHN_ABS"
+# Bytes of program headers, as many as Linux takes (fs/binfmt_elf.c), and section headers. A file may claim 65,535 of
+# each and more, which all read the same bytes.
+_MAX_PROGRAM_HEADERS = 64 << 10
+_MAX_SECTIONS = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class BootImage:
             self._segments.append(_Segment(flat_address, flat_address, len(data), data))
 
     def _read(self, elf: ELFFile) -> None:
+        if elf.num_segments() * elf.header.e_phentsize > _MAX_PROGRAM_HEADERS or elf.num_sections() > _MAX_SECTIONS:
+            raise ValueError(f"{elf.num_segments()} program headers, {elf.num_sections()} sections")
         for segment in elf.iter_segments("PT_LOAD"):
             header = segment.header
             data = bytes(segment.data())[: header.p_memsz]
