@@ -99,7 +99,7 @@ class Engine:
         with _creation:
             engine_fixes.apply()
             self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
-            self._uc.ctl_set_tcg_buffer_size(TRANSLATED_CODE)  # type: ignore[attr-defined]  # typeshed lags behind
+            self._uc.ctl_set_tcg_buffer_size(TRANSLATED_CODE)  # type: ignore[attr-defined]  # absent from its stubs
             self._uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)  # a model without SVM silently drops EFER.SVME
             found = layout.find(self._uc)
         self.layout = found
@@ -529,4 +529,4 @@ class Engine:
         self._memory.close()
         self.state.release()
         self.words.release()
-        del self._uc, self.vectors  # 1 GiB of address space goes now, and not when the collector looks
+        del self._uc, self.vectors  # the engine goes now, and not when the collector looks

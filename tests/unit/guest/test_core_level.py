@@ -59,7 +59,7 @@ def test_memory_is_closed_wherever_it_fails(
 
 
 def test_an_engine_goes_when_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each holds 1 GiB of address space, so it cannot wait for the collector of cycles."""
+    """Each holds all memory that it made, so it cannot wait for the collector of cycles."""
     engines: list[weakref.ref[object]] = []
     map_memory = Engine._map_memory
 
