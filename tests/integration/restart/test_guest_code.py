@@ -12,7 +12,6 @@ from vmm.launcher import LocalLab
 from vtlab.client import Machine
 from vtlab.errors import PeerUnavailable
 from vtlab.v1 import vmm_pb2
-from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, PERSONALITY_GUEST_CODE, START_MODE_LONG
 
 STOPPED = vmm_pb2.MACHINE_STATE_STOPPED
 PATIENCE = 120.0
@@ -26,16 +25,7 @@ DEATHS = [
 
 @pytest.fixture
 def machine(lab: LocalLab) -> Iterator[Machine]:
-    with lab.create(
-        guest.assemble(BODY),
-        ram=16 << 20,
-        image_format=IMAGE_FORMAT_FLAT,
-        load_address=guest.LOAD,
-        entry=guest.LOAD,
-        start_mode=START_MODE_LONG,
-        personality=PERSONALITY_GUEST_CODE,
-        stop_on_reset=True,
-    ) as made:
+    with guest.create(lab, guest.assemble(BODY)) as made:
         yield made
 
 

@@ -10,11 +10,13 @@ from functools import cache
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks
 
+from vtlab.client import Lab, Machine
 from vtlab.hyperv.hypercalls import PARTITION_SELF, VP_SELF, HypercallCode, encode_input_value
 from vtlab.hyperv.msrs import HvMsr
 from vtlab.hyperv.registers import HvRegister
 from vtlab.hyperv.vsm import VTL_CALL_OFFSET, VTL_RETURN_OFFSET, CrInterceptControl
 from vtlab.v1 import registers_pb2 as r
+from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, PERSONALITY_GUEST_CODE, START_MODE_LONG
 from vtlab.x86.registers import Cr4, Msr
 
 LOAD, STACK0, STACK1 = 0x10_0000, 0x18_0000, 0x19_0000
@@ -291,3 +293,19 @@ def assemble(body: str, config: int = 0x3F, above: str = "", later: str = "") ->
     text = _VTL0.replace("BODY", body) + vtl1
     code, _ = Ks(KS_ARCH_X86, KS_MODE_64).asm(text.replace("\n", ";"), LOAD)
     return bytes(code)
+
+
+def create(lab: Lab, image: bytes, vp_count: int = 1, vsm_profile: str = "") -> Machine:
+    """A machine that boots what assemble() gave; it stops where it would reset."""
+    return lab.create(
+        image,
+        ram=16 << 20,
+        vp_count=vp_count,
+        image_format=IMAGE_FORMAT_FLAT,
+        load_address=LOAD,
+        entry=LOAD,
+        start_mode=START_MODE_LONG,
+        personality=PERSONALITY_GUEST_CODE,
+        vsm_profile=vsm_profile,
+        stop_on_reset=True,
+    )

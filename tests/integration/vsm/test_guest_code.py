@@ -12,7 +12,6 @@ from vtlab.client import Lab, Machine
 from vtlab.errors import Refused
 from vtlab.hyperv.profiles import PROFILES
 from vtlab.v1 import vmm_pb2
-from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, PERSONALITY_GUEST_CODE, START_MODE_LONG
 
 STOPPED = vmm_pb2.MACHINE_STATE_STOPPED
 TIMEOUT = 30.0
@@ -25,18 +24,7 @@ def run(lab: Lab) -> Iterator[Run]:
     made: list[Machine] = []
 
     def boot(body: str, profile: str = "", vp_count: int = 1, config: int = 0x3F, above: str = "") -> Machine:
-        machine = lab.create(
-            guest.assemble(body, config, above),
-            ram=16 << 20,
-            vp_count=vp_count,
-            image_format=IMAGE_FORMAT_FLAT,
-            load_address=guest.LOAD,
-            entry=guest.LOAD,
-            start_mode=START_MODE_LONG,
-            personality=PERSONALITY_GUEST_CODE,
-            vsm_profile=profile,
-            stop_on_reset=True,
-        )
+        machine = guest.create(lab, guest.assemble(body, config, above), vp_count, profile)
         made.append(machine)
         machine.start()
         end = machine.wait_state(STOPPED, timeout=TIMEOUT)

@@ -12,7 +12,6 @@ from vtlab.client import Lab, Machine
 from vtlab.errors import BadPolicy, Refused, WrongState
 from vtlab.hyperv.status import HvStatus
 from vtlab.v1 import monitor_pb2, vcpu_pb2, vmm_pb2
-from vtlab.v1.vcpu_pb2 import IMAGE_FORMAT_FLAT, PERSONALITY_GUEST_CODE, START_MODE_LONG
 from vtlab.x86.registers import Cr4
 
 STOPPED = vmm_pb2.MACHINE_STATE_STOPPED
@@ -37,16 +36,7 @@ def run(lab: Lab) -> Iterator[Run]:
     made: list[Machine] = []
 
     def boot(violation: str, later: str = "", first: str = "") -> tuple[Machine, str]:
-        machine = lab.create(
-            guest.assemble(guest.CALLS_AGAIN, above=first, later=later),
-            ram=16 << 20,
-            image_format=IMAGE_FORMAT_FLAT,
-            load_address=guest.LOAD,
-            entry=guest.LOAD,
-            start_mode=START_MODE_LONG,
-            personality=PERSONALITY_GUEST_CODE,
-            stop_on_reset=True,
-        )
+        machine = guest.create(lab, guest.assemble(guest.CALLS_AGAIN, above=first, later=later))
         made.append(machine)
         lab.policy.set(machine, POLICY.replace("VIOLATION", violation))
         machine.start()
@@ -153,15 +143,7 @@ def test_the_policy_is_closed_once_vtl1_returned(lab: Lab, run: Run) -> None:
 
 
 def test_what_only_a_policy_in_vtl1s_place_can_do_is_refused(lab: Lab) -> None:
-    machine = lab.create(
-        guest.assemble(""),
-        ram=16 << 20,
-        image_format=IMAGE_FORMAT_FLAT,
-        load_address=guest.LOAD,
-        entry=guest.LOAD,
-        start_mode=START_MODE_LONG,
-        personality=PERSONALITY_GUEST_CODE,
-    )
+    machine = guest.create(lab, guest.assemble(""))
     with pytest.raises(BadPolicy, match="observe"):
         lab.policy.set(machine, "version: 1\nname: guard\npage_tables: {guard: true}\n")
     machine.destroy()
